@@ -1,0 +1,292 @@
+"""From two rules to a differentiable function.
+
+An op states `forward` and `backward` as plain functions in the letters of the maths; `Rule` derives everything else:
+
+- reverse mode    an `autograd.Function` over the two rules;
+- higher order    `backward` is plain torch over *inputs and outputs*, so autograd differentiates it again. Whatever else it
+                  would like to keep (cell states, log-sum-exp, statistics) is a further output of `forward`;
+- forward mode    u ↦ backward(u) is linear, with matrix Jᵀ; its own vjp is therefore J, and `jvp` is never written by hand;
+- vmap            functorch batches both rules (`generate_vmap_rule`);
+- torch.compile   Dynamo sees the one call `in_graph(...)` and leaves its inside to AOTAutograd, which traces both rules.
+
+Only the letters that `backward` names are saved, and of those only what the needed gradients use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._functorch.utils import unwrap_dead_wrappers
+
+from bptoolkit.choose import State, choose
+
+_RULES: dict[str, Rule] = {}
+_PYTHON_APPLY = "apply" in torch.autograd.Function.__dict__  # torch <= 2.13 binds inspect.signature on every apply
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+class Rule:
+    """One differentiable function, stated by its forward and its backward.
+
+    Args:
+        name: the rule's name, unique in the process; the name of its kernel file, if it has one.
+        forward: `forward(*inputs, *options)` -> one tensor, or a tuple with one tensor per output.
+        backward: takes by name whatever it uses of `d<output>` (the cotangents), inputs, outputs, options and `need`, and
+            returns one gradient (or None) per input. `need.x` says whether the gradient of `x` is wanted. With several
+            outputs a cotangent may be None: nothing flowed into that output.
+        inputs: the letters of the tensor inputs, in order, separated by spaces. An input may be None in a call.
+        outputs: the letters of the outputs. Residuals that backward wants are outputs like the others; the public function
+            that wraps the rule hides them.
+        uses: input letter -> the saved letters its gradient uses; what no needed gradient uses is not saved. An input that
+            is left out uses everything.
+        constants: outputs without a derivative (masks, indices).
+        kernel: the module under `bptoolkit.triton_kernels` that has the same two rules, fused; or None.
+
+    Example:
+        >>> square = Rule("doc_square", lambda x: x * x, lambda dy, x: 2 * x * dy, inputs="x", outputs="y")
+        >>> torch.func.jacfwd(square)(torch.tensor(3.0))
+        tensor(6.)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        *,
+        inputs: str,
+        outputs: str,
+        uses: Mapping[str, str] | None = None,
+        constants: str = "",
+        kernel: str | None = None,
+    ) -> None:
+        self.name, self.forward, self.backward, self.kernel = name, forward, backward, kernel
+        self.inputs, self.outputs, self.constants = tuple(inputs.split()), tuple(outputs.split()), tuple(constants.split())
+        self.Need = namedtuple("Need", self.inputs)  # type: ignore[misc]
+        parameters = tuple(inspect.signature(forward).parameters)
+        if parameters[: len(self.inputs)] != self.inputs and not any(p in ("args", "a") for p in parameters):
+            raise TypeError(f"{name}: forward takes {parameters}, which does not begin with the inputs {self.inputs}")
+        self.options = parameters[len(self.inputs) :]
+        self.saved, self._plan = self._read_backward()
+        self.keeps = self._keeps(uses or {})
+        self.function = _function(self)
+        _RULES[name] = self
+
+    def _read_backward(self) -> tuple[tuple[str, ...], tuple[tuple[str, int], ...]]:
+        """What backward asks for, by name: the letters to save, and where each of its arguments comes from."""
+        saved: list[str] = []
+        plan: list[tuple[str, int]] = []
+        cotangents = tuple("d" + o for o in self.outputs)
+        for p in inspect.signature(self.backward).parameters:
+            if p == "need":
+                plan.append(("need", 0))
+            elif p in cotangents:
+                plan.append(("cotangent", cotangents.index(p)))
+            elif p in self.inputs or p in self.outputs:
+                saved.append(p)
+                plan.append(("saved", len(saved) - 1))
+            elif p in self.options:
+                plan.append(("option", self.options.index(p)))
+            else:
+                known = (*cotangents, *self.inputs, *self.outputs, *self.options, "need")
+                raise TypeError(f"{self.name}: backward asks for '{p}'; it can have {', '.join(known)}")
+        return tuple(saved), tuple(plan)
+
+    def _keeps(self, uses: Mapping[str, str]) -> tuple[tuple[bool, ...], ...]:
+        """Per input: which of the saved letters its gradient uses."""
+        for letter, used in uses.items():
+            if letter not in self.inputs or not set(used.split()) <= set(self.saved):
+                raise TypeError(f"{self.name}: uses={{{letter!r}: {used!r}}} names a letter backward does not take")
+        everything = " ".join(self.saved)
+        return tuple(tuple(s in uses.get(i, everything).split() for s in self.saved) for i in self.inputs)
+
+    def arrange(self, cotangents: Any, saved: Any, options: Any, need: Any) -> list[Any]:
+        """The arguments of backward, in its own order."""
+        out = []
+        for kind, k in self._plan:
+            if kind == "saved":
+                out.append(saved[k])
+            elif kind == "cotangent":
+                out.append(cotangents[k])
+            elif kind == "need":
+                out.append(need)
+            else:
+                out.append(options[k])
+        return out
+
+    def load_kernel(self) -> Any:
+        """The kernel module of this rule; imports Triton."""
+        return importlib.import_module(f"bptoolkit.triton_kernels.{self.kernel}")
+
+    def __call__(self, *args: Any, backend: str = "eager") -> Any:
+        """Run the rule on its inputs and options, all positional.
+
+        `backend` is what `pick` resolved: "eager" or "triton".
+        """
+        return in_graph(self.name, backend, *args)
+
+    def __repr__(self) -> str:
+        return f"Rule({self.name}: {' '.join(self.inputs)} -> {' '.join(self.outputs)})"
+
+
+def in_graph(name: str, backend: str, *args: Any) -> Any:
+    """The one call that Dynamo keeps whole (`allow_in_graph`) and AOTAutograd traces into.
+
+    Everything that changes the result is an argument, since what is read inside is baked into the graph.
+    """
+    function = _RULES[name].function
+    if _PYTHON_APPLY and not _transforms_active():
+        # skips the signature binding of Function.apply, 18 µs a call
+        return super(torch.autograd.Function, function).apply(backend, *unwrap_dead_wrappers(args))  # type: ignore[misc]
+    return function.apply(backend, *args)
+
+
+def unwatched(*tensors: torch.Tensor | None) -> bool:
+    """Whether a rule may work in place and in chunks: nothing differentiates, batches or traces what it does."""
+    if torch.is_grad_enabled() or _transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def refuse_nested_forward_mode(name: str) -> None:
+    """Raise where torch would silently return zeros: forward mode over forward mode of a custom Function."""
+    if not _transforms_active():
+        return
+    from torch._C._functorch import TransformType
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    if sum(i.key() == TransformType.Jvp for i in retrieve_all_functorch_interpreters()) > 1:
+        raise NotImplementedError(
+            f"{name}: forward mode over forward mode is not supported (torch returns zeros for it in every custom "
+            "Function); use torch.func.jacfwd(torch.func.jacrev(f)), torch.func.jacrev(torch.func.jacfwd(f)) or "
+            "torch.func.hessian(f)"
+        )
+
+
+class _NoAutocast:
+    """Run a rule as its tensors are; the public function has cast them already."""
+
+    __slots__ = ("guard",)
+
+    def __enter__(self) -> None:
+        self.guard = None
+        if torch._C._is_any_autocast_enabled():
+            self.guard = torch._C._DisableAutocast()
+            self.guard.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*exc)
+
+
+def _function(rule: Rule) -> type[torch.autograd.Function]:
+    """The autograd.Function of a rule: glue, no maths."""
+    n, single = len(rule.inputs), len(rule.outputs) == 1
+    constants = tuple(rule.outputs.index(c) for c in rule.constants)
+
+    def rules(backend: str, phase: str) -> Any:
+        """The module or rule that has the forward and backward to run; the forward's backend was picked by the caller."""
+        if backend == "eager":
+            return rule
+        differentiated = phase == "backward" and torch.is_grad_enabled()
+        state = State("auto", phase, True, True, phase == "backward" and _transforms_active(), differentiated, None)
+        return rule.load_kernel() if choose(state).rule == "triton" else rule
+
+    class F(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(backend: str, *args: Any) -> Any:
+            with _NoAutocast():
+                return rules(backend, "forward").forward(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.backend, args, ctx.options = inputs[0], inputs[1 : n + 1], inputs[n + 1 :]
+            outputs = (output,) if single else output
+            letters = dict(zip(rule.inputs + rule.outputs, args + tuple(outputs)))
+            kept = [letters[s] for s in rule.saved]
+            # Under vmap both lists must be alike: functorch remembers one set of batch dimensions for the two.
+            ctx.save_for_forward(*kept)
+            if not _transforms_active():
+                need = [k for k, wanted in zip(rule.keeps, ctx.needs_input_grad[1:]) if wanted]
+                kept = [t if any(k[s] for k in need) else None for s, t in enumerate(kept)]
+            ctx.save_for_backward(*kept)
+            ctx.like = [(o.shape, o.dtype, o.device) for o in outputs]
+            ctx.set_materialize_grads(False)
+            if constants:
+                ctx.mark_non_differentiable(*(outputs[c] for c in constants))
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            need = rule.Need(*ctx.needs_input_grad[1 : n + 1])
+            nothing = (None,) * len(ctx.options)
+            if all(c is None for c in cotangents):
+                return None, *need._replace(**dict.fromkeys(rule.inputs)), *nothing
+            args = rule.arrange(cotangents, ctx.saved_tensors, ctx.options, need)
+            with _NoAutocast():
+                grads = rules(ctx.backend, "backward").backward(*args)
+            return None, *(grads if n > 1 else (grads,)), *nothing
+
+        @staticmethod
+        def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+            refuse_nested_forward_mode(rule.name)
+            need = rule.Need(*(t is not None for t in tangents[:n]))
+            saved = ctx.saved_tensors
+            live = [k for k in range(len(rule.outputs)) if k not in constants]
+
+            def transpose(*us: Any) -> Any:
+                cotangents: list[Any] = [None] * len(rule.outputs)
+                for k, u in zip(live, us):
+                    cotangents[k] = u
+                grads = rule.backward(*rule.arrange(cotangents, saved, ctx.options, need))
+                return tuple(g for g, wanted in zip(grads if n > 1 else (grads,), need) if wanted)
+
+            like = [ctx.like[k] for k in live]
+            with _NoAutocast():
+                zeros = [torch.zeros(s, dtype=d, device=v) for s, d, v in like]
+                pushed = torch.func.vjp(transpose, *zeros)[1](tuple(t for t in tangents[:n] if t is not None))
+            out: list[Any] = [None] * len(rule.outputs)
+            for k, p in zip(live, pushed):
+                out[k] = p
+            return out[0] if single else tuple(out)
+
+    F.__name__ = F.__qualname__ = "".join(w.capitalize() for w in rule.name.split("_")) + "Function"
+    F.__doc__ = f"The rules of {rule.name}, for autograd."
+    return F
+
+
+def _mark_for_dynamo() -> None:
+    torch.compiler.allow_in_graph(in_graph)
+
+
+class _WhenDynamoIsImported:
+    """Marks `in_graph` the moment torch._dynamo has been imported: importing it here would cost seconds and Triton."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            load(module)
+            _mark_for_dynamo()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "torch._dynamo" in sys.modules:
+    _mark_for_dynamo()
+else:
+    sys.meta_path.insert(0, _WhenDynamoIsImported())  # type: ignore[arg-type]

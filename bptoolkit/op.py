@@ -1,0 +1,111 @@
+"""`Op`: all that is stated about an op, once. Tests, benchmarks, swap, the command line and the tables loop over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from bptoolkit.cases import Case, Draw, from_shapes
+from bptoolkit.choose import BACKENDS, State, choose
+from bptoolkit.function import Rule
+from bptoolkit.shapes import Shapes
+
+_transforms_active = torch._C._are_functorch_transforms_active
+
+LOW: Mapping[str, str] = {"cpu": "low", "cuda": "low"}  # autocast casts the inputs to its own dtype
+FLOAT32: Mapping[str, str] = {"cpu": "float32", "cuda": "float32"}
+FLOAT32_CUDA: Mapping[str, str] = {"cuda": "float32"}  # on the CPU autocast leaves this op alone
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Op:
+    """One op.
+
+    Attributes:
+        name: the public function's name.
+        call: the public function.
+        reference: plain torch, a function of the same arguments, differentiated by autograd in checks and benchmarks.
+        shapes: the tensor arguments and the result, see `bptoolkit.shapes`.
+        source: where the maths comes from.
+        rules: the rules the function runs.
+        module: the swap-in module or modules, each a subclass of the torch.nn class it replaces.
+        replaces: the torch.nn class of each module, in the same order.
+        autocast: per device type, "low" or "float32": the cast torch's own op gets under autocast.
+        case: draws the arguments of one call, when `shapes` does not say enough.
+        bench: draws the arguments of the benchmark, at a size where torch takes over 1 ms.
+        twice: the op can be differentiated twice.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+    shapes: str
+    source: str
+    rules: tuple[Rule, ...] = ()
+    module: tuple[type[nn.Module], ...] = ()
+    replaces: tuple[type[nn.Module], ...] = ()
+    autocast: Mapping[str, str] = field(default_factory=dict)
+    case: Callable[[Draw], Case] | None = None
+    bench: Callable[[Draw], Case] | None = None
+    twice: bool = True
+    parsed: Shapes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parsed", Shapes(self.shapes))
+
+    @property
+    def kernel(self) -> bool:
+        """Whether a fused kernel exists."""
+        return any(rule.kernel for rule in self.rules)
+
+    def draw(self, draw: Draw) -> Case:
+        """The arguments of one call."""
+        return self.case(draw) if self.case else from_shapes(self.parsed, draw)
+
+    def check(self, *tensors: Tensor | None) -> None:
+        """Check the tensor arguments, in the order of `shapes`; see `Shapes.check`."""
+        self.parsed.check(self.name, *tensors)
+
+    def cast(self, *tensors: Any) -> tuple[Any, ...]:
+        """The casts torch's autocast gives this op's arguments, as differentiable `.to`; outside autocast, nothing."""
+        first = next((t for t in tensors if isinstance(t, Tensor)), None)
+        if first is None or first.device.type == "meta" or not torch.is_autocast_enabled(first.device.type):
+            return tensors
+        policy = self.autocast.get(first.device.type)
+        if policy is None:
+            return tensors
+        dtype = torch.float32 if policy == "float32" else torch.get_autocast_dtype(first.device.type)
+
+        def to(t: Any) -> Any:  # autocast leaves float64 and everything that is not floating point alone
+            return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+
+        return tuple(to(t) for t in tensors)
+
+    def pick(self, rule: Rule, backend: str, *args: Any) -> str:
+        """Which rules run this call: "eager" or "triton". `args` are the rule's inputs and options.
+
+        Raises:
+            ValueError: the backend is not known, or was asked for by name and cannot run.
+        """
+        if rule.kernel is None and (backend == "auto" or backend == "eager"):
+            return "eager"
+        if backend not in BACKENDS:
+            raise ValueError(f"{self.name}: backend={backend!r} is not known; choose from {', '.join(map(repr, BACKENDS))}")
+        on_device, unsupported = False, None
+        if rule.kernel is not None and backend != "eager":
+            from bptoolkit.kernels import runs_on
+
+            on_device = all(runs_on(t.device.type) for t in args if isinstance(t, Tensor))
+            if on_device:
+                unsupported = rule.load_kernel().unsupported(*args)
+        watched = _transforms_active() or forward_ad._current_level >= 0
+        state = State(backend, "forward", rule.kernel is not None, on_device, watched, False, unsupported)
+        try:
+            return choose(state).rule
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None

@@ -1,0 +1,11 @@
+"""The list of ops: one word per file. Importing it reads every op file and nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from bptoolkit.op import Op
+
+NAMES = ("linear",)
+
+OPS: dict[str, Op] = {op.name: op for name in NAMES for op in import_module(f"bptoolkit.ops.{name}").OPS}
