@@ -1,5 +1,7 @@
 """bptoolkit: hand-written backward passes for PyTorch, proved right, swapped in, trained with."""
 
+from bptoolkit import functional as functional
+from bptoolkit import nn as nn
 from bptoolkit.op import Op as Op
 from bptoolkit.ops import OPS as OPS
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 from bptoolkit.choose import State, choose
 
@@ -67,7 +68,11 @@ class Rule:
         kernel: str | None = None,
     ) -> None:
         self.name, self.forward, self.backward, self.kernel = name, forward, backward, kernel
-        self.inputs, self.outputs, self.constants = tuple(inputs.split()), tuple(outputs.split()), tuple(constants.split())
+        self.inputs, self.outputs, self.constants = (
+            tuple(inputs.split()),
+            tuple(outputs.split()),
+            tuple(constants.split()),
+        )
         self.Need = namedtuple("Need", self.inputs)  # type: ignore[misc]
         parameters = tuple(inspect.signature(forward).parameters)
         if parameters[: len(self.inputs)] != self.inputs and not any(p in ("args", "a") for p in parameters):
@@ -169,6 +174,20 @@ def refuse_nested_forward_mode(name: str) -> None:
         )
 
 
+def primals(tensors: Any) -> list[Any]:
+    """Saved tensors without their tangents: what `jvp` runs on them is not itself to be pushed forward."""
+    return [None if t is None else _primal(t) for t in unwrap_dead_wrappers(tensors)]
+
+
+def _primal(t: torch.Tensor) -> torch.Tensor:
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(t):  # vmap has no rule for unpack_dual: reach inside
+        level = functorch.maybe_get_level(t)
+        value, dim = functorch._unwrap_batched(t, level)
+        return functorch._add_batch_dim(_primal(value), dim, level)
+    return forward_ad.unpack_dual(t).primal
+
+
 class _NoAutocast:
     """Run a rule as its tensors are; the public function has cast them already."""
 
@@ -238,7 +257,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
         def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
             refuse_nested_forward_mode(rule.name)
             need = rule.Need(*(t is not None for t in tangents[:n]))
-            saved = ctx.saved_tensors
+            saved = primals(ctx.saved_tensors)
             live = [k for k in range(len(rule.outputs)) if k not in constants]
 
             def transpose(*us: Any) -> Any:

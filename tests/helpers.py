@@ -25,7 +25,13 @@ class Call(NamedTuple):
 
 
 def draw_call(
-    op: Op, seed: int, *, dtype: torch.dtype = torch.float64, sizes: Any = SMALL, random: Any = None, device: str = "cpu"
+    op: Op,
+    seed: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    sizes: Any = SMALL,
+    random: Any = None,
+    device: str = "cpu",
 ) -> Call:
     case = op.draw(Draw(random or Random(seed), dtype=dtype, sizes=sizes, device=device))
     leaves, spec = tree_flatten((case.args, case.kwargs))
@@ -63,7 +69,9 @@ def scalar(fn: Callable[..., tuple[Tensor, ...]], seed: int = 0) -> Callable[...
     def loss(*tensors: Tensor) -> Tensor:
         total = 0.0
         for o in fn(*tensors):  # weights that Dynamo and vmap can trace: no generator
-            weights = torch.arange(1, o.numel() + 1, dtype=o.dtype, device=o.device).mul(1.7 + seed).cos().reshape(o.shape)
+            weights = (
+                torch.arange(1, o.numel() + 1, dtype=o.dtype, device=o.device).mul(1.7 + seed).cos().reshape(o.shape)
+            )
             total = total + (o.sin() * weights).sum()
         return total  # type: ignore[return-value]
 

@@ -34,7 +34,7 @@ RULE = Rule("linear", forward, backward, inputs="x w b", outputs="y", uses={"x":
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """y = x Wᵀ + b, as `torch.nn.functional.linear`.
+    """Y = x Wᵀ + b, as `torch.nn.functional.linear`.
 
     Args:
         input: (*B, I), floating point.
