@@ -95,9 +95,7 @@ class Op:
         if rule.kernel is None and (backend == "auto" or backend == "eager"):
             return "eager"
         if backend not in BACKENDS:
-            raise ValueError(
-                f"{self.name}: backend={backend!r} is not known; choose from {', '.join(map(repr, BACKENDS))}"
-            )
+            raise ValueError(f"{self.name}: backend={backend!r} is not known; choose from {', '.join(map(repr, BACKENDS))}")
         on_device, unsupported = False, None
         if rule.kernel is not None and backend != "eager":
             from bptoolkit.kernels import runs_on

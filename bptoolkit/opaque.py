@@ -182,9 +182,7 @@ def per_sample(call: Callable[..., Any], batch: int, dims: Sequence[int | None],
     return tuple(torch.stack(s) for s in zip(*samples))
 
 
-def _define(
-    name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]
-) -> Any:
+def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]) -> Any:
     def run(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd(), _NoAutocast():
             return kernel(*args)
@@ -292,9 +290,7 @@ def _vjp_function(opaque: Opaque) -> type[torch.autograd.Function]:
                 return tuple(pulled[k] for k in wanted)
 
             it = iter(torch.func.vjp(transpose, *live)[1](tuple(tangents[k] for k in wanted)))
-            return tuple(
-                torch.zeros(s, dtype=d, device=v) if z is None else next(it) for z, (s, d, v) in zip(zeros, ctx.like)
-            )
+            return tuple(torch.zeros(s, dtype=d, device=v) if z is None else next(it) for z, (s, d, v) in zip(zeros, ctx.like))
 
     def _pull(ctx: Any, saved: Any, seconds: Any, wanted: Sequence[int]) -> list[Any]:
         """The vjp of the plain vjp, by autograd."""

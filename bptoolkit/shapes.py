@@ -70,9 +70,7 @@ def check_floating(op: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, not {type(t).__name__} ({t!r})")
     if not t.dtype.is_floating_point:
-        raise TypeError(
-            f"{op}: {name} is {t.dtype}; it must be of floating point (float64, float32, bfloat16, float16)"
-        )
+        raise TypeError(f"{op}: {name} is {t.dtype}; it must be of floating point (float64, float32, bfloat16, float16)")
     if t.layout != torch.strided:
         raise TypeError(f"{op}: {name} has layout {t.layout}; it must be a strided (dense) tensor")
 
@@ -82,6 +80,4 @@ def check_alike(op: str, first_name: str, first: Tensor, name: str, t: Tensor) -
     if t.dtype != first.dtype:
         raise TypeError(f"{op}: {name} is {t.dtype} but {first_name} is {first.dtype}; they must have one dtype")
     if t.device != first.device:
-        raise ValueError(
-            f"{op}: {name} is on {t.device} but {first_name} is on {first.device}; they must be on one device"
-        )
+        raise ValueError(f"{op}: {name} is on {t.device} but {first_name} is on {first.device}; they must be on one device")

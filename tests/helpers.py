@@ -69,9 +69,7 @@ def scalar(fn: Callable[..., tuple[Tensor, ...]], seed: int = 0) -> Callable[...
     def loss(*tensors: Tensor) -> Tensor:
         total = 0.0
         for o in fn(*tensors):  # weights that Dynamo and vmap can trace: no generator
-            weights = (
-                torch.arange(1, o.numel() + 1, dtype=o.dtype, device=o.device).mul(1.7 + seed).cos().reshape(o.shape)
-            )
+            weights = torch.arange(1, o.numel() + 1, dtype=o.dtype, device=o.device).mul(1.7 + seed).cos().reshape(o.shape)
             total = total + (o.sin() * weights).sum()
         return total  # type: ignore[return-value]
 

@@ -150,9 +150,7 @@ def test_maml(name):
 
 def compiled_matches(c, backend, dynamic=None):
     torch._dynamo.reset()
-    ours = torch.compile(
-        lambda *t: tuple(o.sin() + 1 for o in c.ours(*t)), fullgraph=True, backend=backend, dynamic=dynamic
-    )
+    ours = torch.compile(lambda *t: tuple(o.sin() + 1 for o in c.ours(*t)), fullgraph=True, backend=backend, dynamic=dynamic)
     results = []
     for fn in (ours, lambda *t: tuple(o.sin() + 1 for o in c.reference(*t))):
         x = leaves_of(c.tensors)
