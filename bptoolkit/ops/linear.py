@@ -57,8 +57,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend
 class Linear(nn.Linear):
     """`torch.nn.Linear` with the backward above; same parameters, state_dict and arguments."""
 
+    backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
+
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, backend=self.backend)
 
 
 def case(draw: Draw) -> Case:
