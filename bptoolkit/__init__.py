@@ -2,6 +2,7 @@
 
 from bptoolkit import functional as functional
 from bptoolkit import nn as nn
+from bptoolkit import verify as verify
 from bptoolkit.op import Op as Op
 from bptoolkit.ops import OPS as OPS
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class Draw:
         dtype: of the floating-point tensors.
         device: of all tensors.
         sizes: what sizes are drawn from.
+        force: the k-th size drawn -> what it is, where its bounds allow.
     """
 
     def __init__(
@@ -41,12 +42,18 @@ class Draw:
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
         sizes: Sequence[int] = SIZES,
+        force: Mapping[int, int] | None = None,
     ) -> None:
+        self.force, self.drawn = dict(force or {}), 0
         self.random, self.dtype, self.device, self.sizes = random, dtype, torch.device(device), sizes
         self.generator = torch.Generator().manual_seed(random.getrandbits(32))
 
     def size(self, least: int = 0, most: int = 1 << 30) -> int:
         """A size between two bounds."""
+        self.drawn += 1
+        forced = self.force.get(self.drawn - 1)
+        if forced is not None and least <= forced <= most:
+            return forced
         return self.random.choice([s for s in self.sizes if least <= s <= most] or [least])
 
     def batch(self, most: int = 2) -> tuple[int, ...]:
