@@ -184,7 +184,7 @@ def _primal(t: torch.Tensor) -> torch.Tensor:
     if functorch.is_batchedtensor(t):  # vmap has no rule for unpack_dual: reach inside
         level = functorch.maybe_get_level(t)
         value, dim = functorch._unwrap_batched(t, level)
-        return functorch._add_batch_dim(_primal(value), dim, level)
+        return functorch._add_batch_dim(_primal(value), dim, level)  # type: ignore[arg-type]
     return forward_ad.unpack_dual(t).primal
 
 
@@ -244,7 +244,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
-            need = rule.Need(*ctx.needs_input_grad[1 : n + 1])
+            need: Any = rule.Need(*ctx.needs_input_grad[1 : n + 1])
             nothing = (None,) * len(ctx.options)
             if all(c is None for c in cotangents):
                 return None, *need._replace(**dict.fromkeys(rule.inputs)), *nothing
@@ -256,7 +256,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
         @staticmethod
         def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
             refuse_nested_forward_mode(rule.name)
-            need = rule.Need(*(t is not None for t in tangents[:n]))
+            need: Any = rule.Need(*[t is not None for t in tangents[:n]])
             saved = primals(ctx.saved_tensors)
             live = [k for k in range(len(rule.outputs)) if k not in constants]
 

@@ -37,7 +37,8 @@ class Op:
         replaces: the torch.nn class of each module, in the same order.
         autocast: per device type, "low" or "float32": the cast torch's own op gets under autocast.
         case: draws the arguments of one call, when `shapes` does not say enough.
-        bench: draws the arguments of the benchmark, at a size where torch takes over 1 ms.
+        bench: label -> what draws the arguments of one row of the benchmark, at sizes where torch takes over 1 ms.
+        peer: torch's own op, for benchmarks, where the reference is a slower plain form of it.
         twice: the op can be differentiated twice.
     """
 
@@ -51,7 +52,8 @@ class Op:
     replaces: tuple[type[nn.Module], ...] = ()
     autocast: Mapping[str, str] = field(default_factory=dict)
     case: Callable[[Draw], Case] | None = None
-    bench: Callable[[Draw], Case] | None = None
+    bench: Mapping[str, Callable[[Draw], Case]] | Callable[[Draw], Case] | None = None
+    peer: Callable[..., Any] | None = None
     twice: bool = True
     parsed: Shapes = field(init=False, repr=False)
 

@@ -124,7 +124,7 @@ class Opaque:
             tensors = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(args, need)]
             out = self.loop(*tensors, *args[self.tensors :])
             live = [(o, c) for o, c in zip((out,) if self.single else out, cotangents) if c is not None]
-            at = [t for t, n in zip(tensors, need) if n]
+            at: Any = [t for t, n in zip(tensors, need) if n]
             outs, cots = zip(*live)
             pulled = iter(torch.autograd.grad(outs, at, cots, allow_unused=True, materialize_grads=True))
         return [next(pulled) if n else None for n in need]

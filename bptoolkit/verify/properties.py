@@ -197,9 +197,10 @@ def finite_differences(trial: Trial) -> None:
 
     def along(step: float) -> float:
         moved = [x.detach() + step * d if n else x.detach() for x, d, n in zip(xs, directions, trial.need)]
-        return float(sum((o * c).sum() for o, c in zip(trial.ours(*moved), cotangents)).detach())
+        return sum(float((o * c).sum().detach()) for o, c in zip(trial.ours(*moved), cotangents))
 
-    got = float(sum((g * d).sum() for g, d in zip(gradients(trial.ours, xs, cotangents), directions) if g is not None).detach())
+    grads = gradients(trial.ours, xs, cotangents)
+    got = sum(float((g * d).sum()) for g, d in zip(grads, directions) if g is not None)
     h = 1e-3
     d1, d2, d4 = ((along(s) - along(-s)) / (2 * s) for s in (h, h / 2, h / 4))
     r2, r4 = (4 * d2 - d1) / 3, (4 * d4 - d2) / 3
@@ -236,7 +237,7 @@ def forward_mode(trial: Trial) -> None:
     """⟨J u, v⟩ = ⟨u, Jᵀ v⟩. Needs no reference; catches forward and reverse mode that disagree."""
     xs = leaves(trial.tensors, trial.need)
     tangents = tuple(torch.randn(x.shape, generator=trial.generator, dtype=torch.float64).to(x) for x in xs)
-    outputs, pushed = torch.func.jvp(trial.ours, trial.tensors, tangents)
+    outputs, pushed, *_ = torch.func.jvp(trial.ours, trial.tensors, tangents)
     cotangents = random_like(outputs, trial.generator)
     full = leaves(trial.tensors, (True,) * len(xs))
     pulled = gradients(trial.ours, full, cotangents)

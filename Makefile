@@ -1,0 +1,39 @@
+# Set-up, demo and tests. `make demo` and `make test` need only Python >= 3.11; a second call starts at once.
+VENV ?= .venv
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist worksteal
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test fuzz lint wheel clean
+
+demo: $(READY)  ## verify the ops used, then train digits with torch's layers and with ours
+	$(BIN)/python -m bptoolkit.recipes.demo
+
+test: $(READY)  ## the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: $(READY)  ## the property tests, long and random
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_gradients.py
+
+lint: $(VENV)/.lint  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bptoolkit needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[kernels,recipes,test]"
+	touch $(READY)
+
+$(VENV)/.lint: $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
+	touch $(VENV)/.lint
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
