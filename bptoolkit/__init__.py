@@ -5,5 +5,8 @@ from bptoolkit import nn as nn
 from bptoolkit import verify as verify
 from bptoolkit.op import Op as Op
 from bptoolkit.ops import OPS as OPS
+from bptoolkit.swap import SwapReport as SwapReport
+from bptoolkit.swap import swap as swap  # the function hides the module of its name
+from bptoolkit.swap import unswap as unswap
 
 __version__ = "0.1.0"
