@@ -22,13 +22,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from bptoolkit.choose import State, choose
 
 _RULES: dict[str, Rule] = {}
 _PYTHON_APPLY = "apply" in torch.autograd.Function.__dict__  # torch <= 2.13 binds inspect.signature on every apply
+_autocast = torch._C._is_any_autocast_enabled
+_unwrap = torch._C._functorch.unwrap_if_dead
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -75,55 +76,47 @@ class Rule:
         )
         self.Need = namedtuple("Need", self.inputs)  # type: ignore[misc]
         parameters = tuple(inspect.signature(forward).parameters)
-        if parameters[: len(self.inputs)] != self.inputs and not any(p in ("args", "a") for p in parameters):
+        if parameters[: len(self.inputs)] != self.inputs:
             raise TypeError(f"{name}: forward takes {parameters}, which does not begin with the inputs {self.inputs}")
         self.options = parameters[len(self.inputs) :]
-        self.saved, self._plan = self._read_backward()
-        self.keeps = self._keeps(uses or {})
+        self.saved = self._read_backward()
+        self._uses = self._read_uses(uses or {})
+        self._by_need: dict[tuple[bool, ...], tuple[Any, tuple[int | None, ...]]] = {}
         self.function = _function(self)
         _RULES[name] = self
 
-    def _read_backward(self) -> tuple[tuple[str, ...], tuple[tuple[str, int], ...]]:
+    def _read_backward(self) -> tuple[str, ...]:
         """What backward asks for, by name: the letters to save, and where each of its arguments comes from."""
-        saved: list[str] = []
-        plan: list[tuple[str, int]] = []
         cotangents = tuple("d" + o for o in self.outputs)
-        for p in inspect.signature(self.backward).parameters:
-            if p == "need":
-                plan.append(("need", 0))
-            elif p in cotangents:
-                plan.append(("cotangent", cotangents.index(p)))
-            elif p in self.inputs or p in self.outputs:
-                saved.append(p)
-                plan.append(("saved", len(saved) - 1))
-            elif p in self.options:
-                plan.append(("option", self.options.index(p)))
-            else:
+        asked = tuple(inspect.signature(self.backward).parameters)
+        saved = tuple(p for p in asked if p in self.inputs + self.outputs and p not in cotangents)
+        pool = (*cotangents, *saved, *self.options, "need")
+        for p in asked:
+            if p not in pool:
                 known = (*cotangents, *self.inputs, *self.outputs, *self.options, "need")
                 raise TypeError(f"{self.name}: backward asks for '{p}'; it can have {', '.join(known)}")
-        return tuple(saved), tuple(plan)
+        self._arguments = tuple(pool.index(p) for p in asked)
+        return saved
 
-    def _keeps(self, uses: Mapping[str, str]) -> tuple[tuple[bool, ...], ...]:
+    def _read_uses(self, uses: Mapping[str, str]) -> dict[str, frozenset[str]]:
         """Per input: which of the saved letters its gradient uses."""
         for letter, used in uses.items():
             if letter not in self.inputs or not set(used.split()) <= set(self.saved):
                 raise TypeError(f"{self.name}: uses={{{letter!r}: {used!r}}} names a letter backward does not take")
-        everything = " ".join(self.saved)
-        return tuple(tuple(s in uses.get(i, everything).split() for s in self.saved) for i in self.inputs)
+        return {i: frozenset(uses[i].split() if i in uses else self.saved) for i in self.inputs}
+
+    def needed(self, need: tuple[bool, ...]) -> tuple[Any, tuple[int | None, ...]]:
+        """`need` as backward gets it, and where among (*inputs, *outputs) each saved letter lies: None if no gradient uses it."""
+        if need not in self._by_need:
+            used = frozenset().union(*(self._uses[i] for i, wanted in zip(self.inputs, need) if wanted))
+            letters = self.inputs + self.outputs
+            self._by_need[need] = self.Need(*need), tuple(letters.index(s) if s in used else None for s in self.saved)
+        return self._by_need[need]
 
     def arrange(self, cotangents: Any, saved: Any, options: Any, need: Any) -> list[Any]:
         """The arguments of backward, in its own order."""
-        out = []
-        for kind, k in self._plan:
-            if kind == "saved":
-                out.append(saved[k])
-            elif kind == "cotangent":
-                out.append(cotangents[k])
-            elif kind == "need":
-                out.append(need)
-            else:
-                out.append(options[k])
-        return out
+        pool = (*cotangents, *saved, *options, need)
+        return [pool[k] for k in self._arguments]
 
     def load_kernel(self) -> Any:
         """The kernel module of this rule; imports Triton."""
@@ -148,8 +141,13 @@ def in_graph(name: str, backend: str, *args: Any) -> Any:
     function = _RULES[name].function
     if _PYTHON_APPLY and not _transforms_active():
         # skips the signature binding of Function.apply, 18 µs a call
-        return super(torch.autograd.Function, function).apply(backend, *unwrap_dead_wrappers(args))  # type: ignore[misc]
+        return super(torch.autograd.Function, function).apply(backend, *unwrap_dead(args))  # type: ignore[misc]
     return function.apply(backend, *args)
+
+
+def unwrap_dead(args: Any) -> list[Any]:
+    """The arguments, each unwrapped if it is left over from a transform that has ended."""
+    return [_unwrap(a) if isinstance(a, torch.Tensor) else a for a in args]
 
 
 def unwatched(*tensors: torch.Tensor | None) -> bool:
@@ -176,7 +174,7 @@ def refuse_nested_forward_mode(name: str) -> None:
 
 def primals(tensors: Any) -> list[Any]:
     """Saved tensors without their tangents: what `jvp` runs on them is not itself to be pushed forward."""
-    return [None if t is None else _primal(t) for t in unwrap_dead_wrappers(tensors)]
+    return [None if t is None else _primal(t) for t in unwrap_dead(tensors)]
 
 
 def _primal(t: torch.Tensor) -> torch.Tensor:
@@ -195,7 +193,7 @@ class _NoAutocast:
 
     def __enter__(self) -> None:
         self.guard = None
-        if torch._C._is_any_autocast_enabled():
+        if _autocast():
             self.guard = torch._C._DisableAutocast()
             self.guard.__enter__()
 
@@ -208,6 +206,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
     """The autograd.Function of a rule: glue, no maths."""
     n, single = len(rule.inputs), len(rule.outputs) == 1
     constants = tuple(rule.outputs.index(c) for c in rule.constants)
+    _, everything = rule.needed((True,) * n)
 
     def rules(backend: str, phase: str) -> Any:
         """The module or rule that has the forward and backward to run; the forward's backend was picked by the caller."""
@@ -222,35 +221,43 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
 
         @staticmethod
         def forward(backend: str, *args: Any) -> Any:
-            with _NoAutocast():
-                return rules(backend, "forward").forward(*args)
+            run = rules(backend, "forward").forward
+            if _autocast():
+                with _NoAutocast():
+                    return run(*args)
+            return run(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.backend, args, ctx.options = inputs[0], inputs[1 : n + 1], inputs[n + 1 :]
-            outputs = (output,) if single else output
-            letters = dict(zip(rule.inputs + rule.outputs, args + tuple(outputs)))
-            kept = [letters[s] for s in rule.saved]
-            # Under vmap both lists must be alike: functorch remembers one set of batch dimensions for the two.
-            ctx.save_for_forward(*kept)
-            if not _transforms_active():
-                need = [k for k, wanted in zip(rule.keeps, ctx.needs_input_grad[1:]) if wanted]
-                kept = [t if any(k[s] for k in need) else None for s, t in enumerate(kept)]
-            ctx.save_for_backward(*kept)
-            ctx.like = [(o.shape, o.dtype, o.device) for o in outputs]
+            outputs = (output,) if single else tuple(output)
+            letters = inputs[1 : n + 1] + outputs
+            if _transforms_active() or forward_ad._current_level >= 0:
+                # Under vmap the two lists must be alike: functorch remembers one set of batch dimensions for both.
+                kept = [letters[k] for k in everything]
+                ctx.save_for_forward(*kept)
+                ctx.save_for_backward(*kept)
+                ctx.like = [(o.shape, o.dtype, o.device) for o in outputs]
+            else:
+                _, at = rule.needed(ctx.needs_input_grad[1 : n + 1])
+                ctx.save_for_backward(*[None if k is None else letters[k] for k in at])
+            ctx.backend, ctx.options = inputs[0], inputs[n + 1 :]
             ctx.set_materialize_grads(False)
             if constants:
                 ctx.mark_non_differentiable(*(outputs[c] for c in constants))
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
-            need: Any = rule.Need(*ctx.needs_input_grad[1 : n + 1])
+            need, _ = rule.needed(ctx.needs_input_grad[1 : n + 1])
             nothing = (None,) * len(ctx.options)
             if all(c is None for c in cotangents):
-                return None, *need._replace(**dict.fromkeys(rule.inputs)), *nothing
+                return None, *(None,) * n, *nothing
             args = rule.arrange(cotangents, ctx.saved_tensors, ctx.options, need)
-            with _NoAutocast():
-                grads = rules(ctx.backend, "backward").backward(*args)
+            run = rules(ctx.backend, "backward").backward
+            if _autocast():
+                with _NoAutocast():
+                    grads = run(*args)
+            else:
+                grads = run(*args)
             return None, *(grads if n > 1 else (grads,)), *nothing
 
         @staticmethod

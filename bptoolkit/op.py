@@ -75,6 +75,8 @@ class Op:
 
     def cast(self, *tensors: Any) -> tuple[Any, ...]:
         """The casts torch's autocast gives this op's arguments, as differentiable `.to`; outside autocast, nothing."""
+        if not torch._C._is_any_autocast_enabled():
+            return tensors
         first = next((t for t in tensors if isinstance(t, Tensor)), None)
         if first is None or first.device.type == "meta" or not torch.is_autocast_enabled(first.device.type):
             return tensors

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
-from bptoolkit.function import _PYTHON_APPLY, _NoAutocast, _transforms_active, primals, refuse_nested_forward_mode
+from bptoolkit.function import _PYTHON_APPLY, _NoAutocast, _transforms_active, primals, refuse_nested_forward_mode, unwrap_dead
 
 _LIBRARY = torch.library.Library("bptoolkit", "DEF")
 _KEY = "CompositeExplicitAutograd"
@@ -37,6 +36,7 @@ class Opaque:
         vjp: `vjp(cotangents, need, *args)` -> a gradient or None per tensor of args, or None to derive it. A cotangent may be
             None. `need` is a list of bools, one per tensor.
         jvp: `jvp(tangents, *args)` -> the outputs' tangents; or None to derive it by transposing the vjp.
+        fast: the same function as `loop`, free to work in place; the operator runs it, while derivatives are those of `loop`.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class Opaque:
         vmap: Callable[..., Any] | str | None = None,
         vjp: Callable[..., Any] | None = None,
         jvp: Callable[..., Any] | None = None,
+        fast: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.loop, self.fake, self.vmap, self.hand_vjp, self.hand_jvp = name, loop, fake, vmap, vjp, jvp
         schema = torch.library.infer_schema(loop, mutates_args=())
-        self.op = _define(name, schema, loop, fake, self._vmap)
+        self.op = _define(name, schema, fast or loop, fake, self._vmap)
         arguments = self.op._schema.arguments
         self.tensors = sum(str(a.type) in ("Tensor", "Optional[Tensor]") for a in arguments)
         if any(str(a.type) in ("Tensor", "Optional[Tensor]") for a in arguments[self.tensors :]):
@@ -196,7 +197,7 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
 
 def _apply(function: Any, *args: Any) -> Any:
     if _PYTHON_APPLY and not _transforms_active():
-        return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+        return super(torch.autograd.Function, function).apply(*unwrap_dead(args))  # type: ignore[misc]
     return function.apply(*args)
 
 
@@ -224,7 +225,7 @@ def _function(opaque: Opaque) -> type[torch.autograd.Function]:
             need = ctx.needs_input_grad[:n]
             if all(c is None for c in cotangents):
                 return (None,) * (n + len(ctx.options))
-            saved, cotangents = unwrap_dead_wrappers(ctx.saved_tensors), unwrap_dead_wrappers(cotangents)
+            saved, cotangents = unwrap_dead(ctx.saved_tensors), unwrap_dead(cotangents)
             return *opaque.vjp(cotangents, need, *saved, *ctx.options), *(None,) * len(ctx.options)
 
         @staticmethod
@@ -273,7 +274,7 @@ def _vjp_function(opaque: Opaque) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, *seconds: Any) -> Any:
             wanted = [k for k, w in enumerate(ctx.needs_input_grad[2 : 2 + ctx.count + opaque.tensors]) if w]
-            saved, seconds = unwrap_dead_wrappers(ctx.saved_tensors), unwrap_dead_wrappers(seconds)
+            saved, seconds = unwrap_dead(ctx.saved_tensors), unwrap_dead(seconds)
             return None, None, *_pull(ctx, saved, seconds, wanted), *(None,) * len(ctx.options)
 
         @staticmethod

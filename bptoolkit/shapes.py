@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FLOATING = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
 
 class Shapes:
     """The parsed string; checks tensors against it and names what disagrees."""
@@ -36,43 +38,50 @@ class Shapes:
             ValueError: ranks or sizes disagree with the string, or devices differ.
         """
         sizes: dict[str, Any] = {}
-        seen: dict[str, str] = {}
         first: Tensor | None = None
         for (name, lead, dims), t in zip(self.inputs, tensors):
             if t is None:
                 continue
             if first is None:
-                first, first_name = t, name
                 check_floating(op, name, t)
-            elif not isinstance(t, Tensor) or t.dtype != first.dtype or t.device != first.device:
+                first, first_name, dtype, device = t, name, t.dtype, t.device
+            elif not isinstance(t, Tensor) or t.dtype != dtype or t.device != device:
                 check_floating(op, name, t)
                 check_alike(op, first_name, first, name, t)
             shape = t.shape
-            extra = len(shape) - len(dims)
-            if extra < 0 or (extra and not lead):
+            k = len(shape) - len(dims)
+            if k and (k < 0 or not lead):
                 wanted = " ".join((lead, *dims) if lead else dims) or "no dimensions"
-                raise ValueError(
-                    f"{op}: {name} has shape {tuple(shape)}, which is {len(shape)} dimensions; it needs ({wanted})"
-                )
-            for d, s in zip(dims, shape[extra:] if extra else shape):
+                raise ValueError(f"{op}: {name} has shape {tuple(shape)}, {len(shape)} dimensions; it needs ({wanted})")
+            for d in dims:
                 if d not in sizes:
-                    sizes[d], seen[d] = s, name
-                elif sizes[d] != s:
-                    other = next(t for (n, *_), t in zip(self.inputs, tensors) if n == seen[d] and t is not None)
-                    raise ValueError(
-                        f"{op}: {d} is {sizes[d]} in {seen[d]} {tuple(other.shape)} but {s} in {name} {tuple(shape)}; "
-                        f"the shapes are {self.text}"
-                    )
+                    sizes[d] = shape[k]
+                elif sizes[d] != shape[k]:
+                    self._disagree(op, d, name, tensors)
+                k += 1
+
+    def _disagree(self, op: str, letter: str, name: str, tensors: Any) -> None:
+        """Raise, naming the two arguments in which a letter has two sizes."""
+        found = {}
+        for (arg, _, dims), t in zip(self.inputs, tensors):
+            if t is not None and letter in dims and (arg == name or not found):
+                found[arg] = t.shape[t.dim() - len(dims) + dims.index(letter)], tuple(t.shape)
+        first, *_, last = found
+        raise ValueError(
+            f"{op}: {letter} is {found[first][0]} in {first} {found[first][1]} but {found[last][0]} in {last} {found[last][1]}; "
+            f"the shapes are {self.text}"
+        )
 
 
 def check_floating(op: str, name: str, t: Any) -> None:
     """Raise TypeError unless t is a tensor of real floating point."""
+    if isinstance(t, Tensor) and t.dtype in _FLOATING and t.layout is torch.strided:
+        return
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, not {type(t).__name__} ({t!r})")
-    if not t.dtype.is_floating_point:
+    if t.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name} is {t.dtype}; it must be of floating point (float64, float32, bfloat16, float16)")
-    if t.layout != torch.strided:
-        raise TypeError(f"{op}: {name} has layout {t.layout}; it must be a strided (dense) tensor")
+    raise TypeError(f"{op}: {name} has layout {t.layout}; it must be a strided (dense) tensor")
 
 
 def check_alike(op: str, first_name: str, first: Tensor, name: str, t: Tensor) -> None:

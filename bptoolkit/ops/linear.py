@@ -22,12 +22,16 @@ def forward(x, w, b):
 
 
 def backward(dy, x, w, need):
-    O = dy.shape[-1]
-    N = dy.shape[:-1].numel()  # not reshape(-1, O): ambiguous when O is 0
     dx = dy @ w if need.x else None  # *B I
-    dw = dy.reshape(N, O).mT @ x.reshape(N, x.shape[-1]) if need.w else None  # O I
-    db = dy.reshape(N, O).sum(0) if need.b else None  # O
+    dy2 = rows(dy)  # N O
+    dw = dy2.mT @ rows(x) if need.w else None  # O I
+    db = dy2.sum(0) if need.b else None  # O
     return dx, dw, db
+
+
+def rows(t):
+    """All leading dimensions as one, N; not reshape(-1, I), which is ambiguous when I is 0."""
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 RULE = Rule("linear", forward, backward, inputs="x w b", outputs="y", uses={"x": "w", "w": "x", "b": ""})
