@@ -74,7 +74,7 @@ class Rule:
             tuple(outputs.split()),
             tuple(constants.split()),
         )
-        self.Need = namedtuple("Need", self.inputs)  # type: ignore[misc]
+        self.Need: Any = namedtuple("Need", self.inputs)  # type: ignore[misc]
         parameters = tuple(inspect.signature(forward).parameters)
         if parameters[: len(self.inputs)] != self.inputs:
             raise TypeError(f"{name}: forward takes {parameters}, which does not begin with the inputs {self.inputs}")
@@ -83,6 +83,7 @@ class Rule:
         self._uses = self._read_uses(uses or {})
         self._by_need: dict[tuple[bool, ...], tuple[Any, tuple[int | None, ...]]] = {}
         self.function = _function(self)
+        self.apply = plain_apply(self.function)
         _RULES[name] = self
 
     def _read_backward(self) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ class Rule:
         return {i: frozenset(uses[i].split() if i in uses else self.saved) for i in self.inputs}
 
     def needed(self, need: tuple[bool, ...]) -> tuple[Any, tuple[int | None, ...]]:
-        """`need` as backward gets it, and where among (*inputs, *outputs) each saved letter lies: None if no gradient uses it."""
+        """`need` as backward gets it, and where each saved letter lies in (*inputs, *outputs), None if it is not used."""
         if need not in self._by_need:
             used = frozenset().union(*(self._uses[i] for i, wanted in zip(self.inputs, need) if wanted))
             letters = self.inputs + self.outputs
@@ -138,11 +139,18 @@ def in_graph(name: str, backend: str, *args: Any) -> Any:
 
     Everything that changes the result is an argument, since what is read inside is baked into the graph.
     """
-    function = _RULES[name].function
-    if _PYTHON_APPLY and not _transforms_active():
-        # skips the signature binding of Function.apply, 18 µs a call
-        return super(torch.autograd.Function, function).apply(backend, *unwrap_dead(args))  # type: ignore[misc]
-    return function.apply(backend, *args)
+    rule = _RULES[name]
+    if _transforms_active():
+        return rule.function.apply(backend, *args)
+    return rule.apply(backend, *[_unwrap(a) if isinstance(a, torch.Tensor) else a for a in args])
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for calls outside functorch, on arguments that have been through `unwrap_dead`.
+
+    In torch <= 2.13 the Python apply binds `inspect.signature(forward)` on every call, 18 µs; this goes past it.
+    """
+    return super(torch.autograd.Function, function).apply if _PYTHON_APPLY else function.apply  # type: ignore[misc]
 
 
 def unwrap_dead(args: Any) -> list[Any]:
@@ -206,7 +214,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
     """The autograd.Function of a rule: glue, no maths."""
     n, single = len(rule.inputs), len(rule.outputs) == 1
     constants = tuple(rule.outputs.index(c) for c in rule.constants)
-    _, everything = rule.needed((True,) * n)
+    everything: Any = rule.needed((True,) * n)[1]
 
     def rules(backend: str, phase: str) -> Any:
         """The module or rule that has the forward and backward to run; the forward's backend was picked by the caller."""
@@ -249,7 +257,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
         def backward(ctx: Any, *cotangents: Any) -> Any:
             need, _ = rule.needed(ctx.needs_input_grad[1 : n + 1])
             nothing = (None,) * len(ctx.options)
-            if all(c is None for c in cotangents):
+            if cotangents[0] is None and all(c is None for c in cotangents):
                 return None, *(None,) * n, *nothing
             args = rule.arrange(cotangents, ctx.saved_tensors, ctx.options, need)
             run = rules(ctx.backend, "backward").backward

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bptoolkit.function import _PYTHON_APPLY, _NoAutocast, _transforms_active, primals, refuse_nested_forward_mode, unwrap_dead
+from bptoolkit.function import _NoAutocast, _transforms_active, plain_apply, primals, refuse_nested_forward_mode, unwrap_dead
 
 _LIBRARY = torch.library.Library("bptoolkit", "DEF")
 _KEY = "CompositeExplicitAutograd"
@@ -65,8 +65,13 @@ class Opaque:
     def __call__(self, *args: Any) -> Any:
         """Run the loop. Differentiable, and batched by vmap."""
         if torch.is_grad_enabled() or _transforms_active():
-            return _apply(self.function, *args)
+            return self._apply(self.function, *args)
         return self.run(*args)
+
+    def _apply(self, function: type[torch.autograd.Function], *args: Any) -> Any:
+        if _transforms_active():
+            return function.apply(*args)
+        return plain_apply(function)(*unwrap_dead(args))
 
     def run(self, *args: Any) -> Any:
         """The operator; under the batching of is_grads_batched=True, which knows no list arguments, the loop itself."""
@@ -80,7 +85,7 @@ class Opaque:
     def vjp(self, cotangents: Sequence[Tensor | None], need: Sequence[bool], *args: Any) -> tuple[Tensor | None, ...]:
         """The gradients of the tensors of args: None where need is False. Differentiable."""
         if torch.is_grad_enabled() or _transforms_active():
-            grads = _apply(self.vjp_function, len(cotangents), tuple(need), *cotangents, *args)
+            grads = self._apply(self.vjp_function, len(cotangents), tuple(need), *cotangents, *args)
         else:
             grads = self.run_vjp(cotangents, need, *args)
         return tuple(g if n else None for g, n in zip(grads, need))
@@ -195,12 +200,6 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
     return getattr(torch.ops.bptoolkit, name).default
 
 
-def _apply(function: Any, *args: Any) -> Any:
-    if _PYTHON_APPLY and not _transforms_active():
-        return super(torch.autograd.Function, function).apply(*unwrap_dead(args))  # type: ignore[misc]
-    return function.apply(*args)
-
-
 def _function(opaque: Opaque) -> type[torch.autograd.Function]:
     """The operator, for autograd: its vjp is the second operator."""
     n = opaque.tensors
@@ -225,8 +224,8 @@ def _function(opaque: Opaque) -> type[torch.autograd.Function]:
             need = ctx.needs_input_grad[:n]
             if all(c is None for c in cotangents):
                 return (None,) * (n + len(ctx.options))
-            saved, cotangents = unwrap_dead(ctx.saved_tensors), unwrap_dead(cotangents)
-            return *opaque.vjp(cotangents, need, *saved, *ctx.options), *(None,) * len(ctx.options)
+            saved = unwrap_dead(ctx.saved_tensors)
+            return *opaque.vjp(unwrap_dead(cotangents), need, *saved, *ctx.options), *(None,) * len(ctx.options)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -274,8 +273,8 @@ def _vjp_function(opaque: Opaque) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, *seconds: Any) -> Any:
             wanted = [k for k, w in enumerate(ctx.needs_input_grad[2 : 2 + ctx.count + opaque.tensors]) if w]
-            saved, seconds = unwrap_dead(ctx.saved_tensors), unwrap_dead(seconds)
-            return None, None, *_pull(ctx, saved, seconds, wanted), *(None,) * len(ctx.options)
+            saved = unwrap_dead(ctx.saved_tensors)
+            return None, None, *_pull(ctx, saved, unwrap_dead(seconds), wanted), *(None,) * len(ctx.options)
 
         @staticmethod
         def jvp(ctx: Any, _: Any, __: Any, *tangents: Any) -> Any:

@@ -68,8 +68,8 @@ class Shapes:
                 found[arg] = t.shape[t.dim() - len(dims) + dims.index(letter)], tuple(t.shape)
         first, *_, last = found
         raise ValueError(
-            f"{op}: {letter} is {found[first][0]} in {first} {found[first][1]} but {found[last][0]} in {last} {found[last][1]}; "
-            f"the shapes are {self.text}"
+            f"{op}: {letter} is {found[first][0]} in {first} {found[first][1]} "
+            f"but {found[last][0]} in {last} {found[last][1]}; the shapes are {self.text}"
         )
 
 

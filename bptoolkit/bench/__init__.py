@@ -94,7 +94,7 @@ def bench(op: Op, *, device: str = "cpu", dtype: torch.dtype = torch.float32, se
     report = check(op, calls=4, budget=10, properties=("forward_value", "gradient_value", "cotangent_layout"))
     if not report.ok:
         raise RedError(str(report))
-    cases = op.bench if isinstance(op.bench, dict) else {"": op.bench} if op.bench else {}
+    cases: Any = {} if op.bench is None else {"": op.bench} if callable(op.bench) else op.bench
     return [_row(op, label, draw, device, dtype, seconds, seed) for label, draw in cases.items()]
 
 
