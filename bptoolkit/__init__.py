@@ -3,7 +3,9 @@
 from bptoolkit import functional as functional
 from bptoolkit import nn as nn
 from bptoolkit import verify as verify
+from bptoolkit.function import Rule as Rule
 from bptoolkit.op import Op as Op
+from bptoolkit.opaque import Opaque as Opaque
 from bptoolkit.ops import OPS as OPS
 from bptoolkit.swap import SwapReport as SwapReport
 from bptoolkit.swap import swap as swap  # the function hides the module of its name
