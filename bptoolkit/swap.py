@@ -298,15 +298,14 @@ class _Plan:
         if base not in self.table:
             return "left alone", self.foreign(module, base)
         op = self.table[base][1]
-        obstacle = self.obstacle(module, op)
-        if obstacle:
+        if obstacle := self.obstacle(module, base, op):
             return "left alone", obstacle
         return "swapped", f"op {op.name}" + (f", backend {self.backend!r}" if self.backend != "auto" else "")
 
     def foreign(self, module: nn.Module, base: type) -> str:
         """Why a type that is not in the table is left alone."""
         if isinstance(module, torch.jit.ScriptModule):
-            return "scripted by torch.jit: swap before scripting"
+            return "scripted by torch.jit, which runs a copy of the code"
         if isinstance(module, LazyModuleMixin):
             return "lazy, without parameters yet: run the model once, then swap"
         if any(c.__name__ == "FSDPModule" for c in base.__mro__) and any(c in self.table for c in base.__mro__):
@@ -316,13 +315,14 @@ class _Plan:
         for theirs in base.__mro__:
             if theirs in self.table:
                 return f"a subclass of {theirs.__name__}, which may behave differently: only exact types are swapped"
-        if isinstance(module, _CONTAINERS) or next(module.children(), None) is not None:
-            if next(module.parameters(recurse=False), None) is not None and not isinstance(module, _CONTAINERS):
-                return "container; what it does with its own parameters is not seen"
+        if isinstance(module, _CONTAINERS):
             return "container"
-        return f"no op for {base.__name__}"
+        if next(module.children(), None) is None:
+            return f"no op for {base.__name__}"
+        own = next(module.parameters(recurse=False), None) is not None
+        return "container; what it does with its own parameters is not seen" if own else "container"
 
-    def obstacle(self, module: nn.Module, op: Op) -> str | None:
+    def obstacle(self, module: nn.Module, base: type, op: Op) -> str | None:
         """Why a module whose exact type is in the table is left alone all the same."""
         parents = self.parents.get(module, [])
         if parents and all(self.reads_only(p) for p in parents):
@@ -333,6 +333,8 @@ class _Plan:
             return "excluded"
         if "forward" in vars(module):
             return "its forward was replaced on the instance"
+        if not base.forward.__module__.startswith(base.__module__.partition(".")[0] + "."):
+            return f"the forward of the class {base.__name__} was replaced"
         if hasattr(module, "backend"):
             return "has an attribute 'backend' of its own, the name bptoolkit's modules use"
         for name, p in module.named_parameters():

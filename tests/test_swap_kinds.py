@@ -1,7 +1,6 @@
 """swap of modules that are not plain: parametrized, pruned, attention, fast paths, subclasses, compiled, distributed."""
 
 import copy
-import importlib
 import re
 
 import pytest
@@ -13,9 +12,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrizations, prune
 
 import bptoolkit as bp
-
-module = importlib.import_module("bptoolkit.swap")
-
 
 # --- parametrizations, pruning
 
@@ -159,6 +155,11 @@ def test_left_alone(name):
     report = bp.swap(model)
     assert re.search(why, report.left["0"]), report.left["0"]
     same(before, state(model))
+
+
+def test_a_class_whose_forward_was_replaced(monkeypatch):
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x)
+    assert "forward of the class Linear was replaced" in bp.swap(nn.Linear(2, 2)).left[""]
 
 
 def test_a_lazy_module_once_materialised():
