@@ -322,7 +322,7 @@ class _Plan:
         own = next(module.parameters(recurse=False), None) is not None
         return "container; what it does with its own parameters is not seen" if own else "container"
 
-    def obstacle(self, module: nn.Module, base: type, op: Op) -> str | None:
+    def obstacle(self, module: nn.Module, base: Any, op: Op) -> str | None:
         """Why a module whose exact type is in the table is left alone all the same."""
         parents = self.parents.get(module, [])
         if parents and all(self.reads_only(p) for p in parents):
@@ -368,9 +368,8 @@ class _Plan:
             elif callable(item):
                 chosen |= {module for name, module in self.by_name.items() if item(name, module)}
             else:
-                raise TypeError(
-                    f"swap: {argument} takes names, module classes, modules or functions (name, module) -> bool, not {item!r}"
-                )
+                takes = "names, module classes, modules or functions of (name, module)"
+                raise TypeError(f"swap: {argument} takes {takes}, not {item!r}")
         return chosen
 
     def near(self, item: str | type | nn.Module) -> str:
