@@ -306,6 +306,18 @@ def test_fully_sharded(gloo, ran):
     model(x).backward(torch.randn(3, 2))
 
 
+def test_tensor_parallel(gloo, ran):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
+    y = model(x)
+    parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    assert list(bp.swap(model).swapped) == ["0", "1"]
+    assert torch.allclose(model(x), y, atol=1e-6) and ran == ["linear"] * 2
+    model(x).backward(torch.randn(3, 2))
+
+
 class Tanh(nn.Module):  # torch has nothing to compile in a model whose forwards are all its own
     def __init__(self):
         super().__init__()
