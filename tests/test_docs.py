@@ -1,0 +1,57 @@
+"""What the documents say is true: snippets run, the table is fresh, the files they name exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bptoolkit import OPS
+from bptoolkit.table import main as ops_main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_readme_snippets_run(tmp_path):
+    """As a new user would: each block in a process of its own, outside the checkout."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, block + done.stderr
+
+
+def test_readme_table_is_fresh(capsys):
+    assert ops_main(["--markdown", str(ROOT / "README.md"), "--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_files_state_their_maths(name):
+    module = sys.modules[OPS[name].call.__module__]
+    for heading in ("Maths", "Letters", "Source"):
+        assert heading in (module.__doc__ or ""), f"{module.__name__} has no {heading} on top"
+    assert OPS[name].call.__doc__, f"{name} has no docstring"
+    for part in ("Args:", "Returns:", "Raises:"):
+        assert part in OPS[name].call.__doc__, f"{name}: the docstring has no {part}"
+
+
+def test_nothing_of_a_machine_or_a_host():
+    """No absolute path and no registry host in what is committed."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", "") and path.is_file() and name != "tests/test_docs.py":
+            text = path.read_text(errors="ignore")
+            for bad in ("/root/", "/home/", "download.pytorch.org", "pypi.org/simple"):
+                assert bad not in text, f"{name} has {bad}"
