@@ -160,9 +160,12 @@ def unwrap_dead(args: Any) -> list[Any]:
 
 def unwatched(*tensors: torch.Tensor | None) -> bool:
     """Whether a rule may work in place and in chunks: nothing differentiates, batches or traces what it does."""
-    if torch.is_grad_enabled() or _transforms_active() or torch._C._len_torch_dispatch_stack():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled autograd has Dynamo read the rules
         return False
-    return all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    if _transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    legacy = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
+    return all(t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and not legacy(t)) for t in tensors)
 
 
 def refuse_nested_forward_mode(name: str) -> None:
