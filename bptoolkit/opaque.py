@@ -165,6 +165,8 @@ class Opaque:
 
 
 def _legacy_batched(args: Sequence[Any]) -> bool:
+    if torch.compiler.is_compiling():  # compiled autograd traces backward, and Dynamo does not know the question below
+        return False
     return any(isinstance(t, Tensor) and torch._C._functorch.is_legacy_batchedtensor(t) for t in args)
 
 
