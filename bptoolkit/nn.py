@@ -1,3 +1,10 @@
 """The modules, under the names and with the constructors, parameters and state_dict of torch.nn."""
 
+from bptoolkit.ops.activation import GELU as GELU
+from bptoolkit.ops.activation import ReLU as ReLU
+from bptoolkit.ops.activation import Sigmoid as Sigmoid
+from bptoolkit.ops.activation import SiLU as SiLU
+from bptoolkit.ops.activation import Tanh as Tanh
 from bptoolkit.ops.linear import Linear as Linear
+from bptoolkit.ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from bptoolkit.ops.mse_loss import MSELoss as MSELoss

@@ -6,6 +6,13 @@ from importlib import import_module
 
 from bptoolkit.op import Op
 
-NAMES = ("linear",)
+NAMES = (
+    "linear",
+    "activation",
+    "mse_loss",
+    "cross_entropy",
+    "attention",
+    "lstm",
+)
 
 OPS: dict[str, Op] = {op.name: op for name in NAMES for op in import_module(f"bptoolkit.ops.{name}").OPS}

@@ -214,7 +214,10 @@ def double_backward(trial: Trial) -> None:
     """The gradient of a function of the gradients. Catches detached or saved intermediates, right to first order only."""
     assert trial.reference is not None
     results = []
-    cotangents = random_like(trial.ours(*trial.tensors), trial.generator)
+    outputs = trial.ours(*trial.tensors)
+    if not all(bool(o.isfinite().all()) for o in outputs):  # the mean over nothing has no derivative
+        return
+    cotangents = random_like(outputs, trial.generator)
     weights = [torch.randn(t.shape, generator=trial.generator, dtype=torch.float64).to(t) for t in trial.tensors]
     for fn in (trial.ours, trial.reference):
         xs = leaves(trial.tensors, trial.need)
@@ -238,13 +241,15 @@ def forward_mode(trial: Trial) -> None:
     xs = leaves(trial.tensors, trial.need)
     tangents = tuple(torch.randn(x.shape, generator=trial.generator, dtype=torch.float64).to(x) for x in xs)
     outputs, pushed, *_ = torch.func.jvp(trial.ours, trial.tensors, tangents)
+    if not all(bool(o.isfinite().all()) for o in outputs):  # the mean over nothing has no derivative
+        return
     cotangents = random_like(outputs, trial.generator)
     full = leaves(trial.tensors, (True,) * len(xs))
     pulled = gradients(trial.ours, full, cotangents)
     left = sum((p * c).sum() for p, c in zip(pushed, cotangents))
     right = sum((g * t).sum() for g, t in zip(pulled, tangents))
     terms = [p * c for p, c in zip(pushed, cotangents)] + [g * t for g, t in zip(pulled, tangents)]
-    size = [torch.stack([t.abs().sum() for t in terms]).sum() * 100] if terms else []
+    size = [torch.stack([t.abs().sum() for t in (*terms, *tangents, *cotangents)]).sum() * 100] if terms else []
     same("⟨J u, v⟩ against ⟨u, Jᵀ v⟩", left, right, size)
 
 

@@ -1,0 +1,154 @@
+"""Mean squared error.
+
+Maths     e = x − t
+          none   ℓ = w ∘ e²          dx = 2 dy ∘ w ∘ e            dw = dy ∘ e²
+          sum    ℓ = Σ w ∘ e²        dx = 2 dy w ∘ e              dw = dy e²
+          mean   ℓ = Σ w ∘ e² / W    dx = 2 dy w ∘ e / W          dw = dy (e² − ℓ) / W     (W = Σ w)
+          dt = −dx in each; without weights w = 1, and W is the number of elements N
+Letters   x input, t target, w weight, all of one shape after broadcasting; dy has ℓ's shape
+Numerics  everything in x's dtype; the mean over nothing is NaN, as in torch
+Source    Gauss, "Theoria combinationis observationum", 1821; the derivative is (e²)' = 2e
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bptoolkit.cases import Case, Draw
+from bptoolkit.function import Rule, unwatched
+from bptoolkit.op import FLOAT32, Op
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def forward(x, t, w, reduction):
+    e = x - t  # *B
+    s = e * e if w is None else w * e * e  # *B
+    if reduction == "none":
+        return s
+    if reduction == "sum":
+        return s.sum()  # scalar
+    return s.mean() if w is None else s.sum() / w.sum()  # scalar
+
+
+def backward(dy, x, t, w, reduction, need):
+    e = x - t  # *B
+    if reduction == "mean":
+        W = e.numel() if w is None else w.sum()
+        dy = dy / W
+    dx = dt = dw = None
+    if need.w:
+        dw = dy * e * e  # *B
+        if reduction == "mean":
+            dw = dw - dy * ((w * e * e).sum() / W)
+    if need.x or need.t:
+        if unwatched(dy, x, t, w) and not need.w:
+            dx = e.mul_(2 * dy)  # *B
+        else:
+            dx = 2 * dy * e  # *B
+        dx = dx if w is None else w * dx
+        dt = -dx if need.t else None
+    return dx if need.x else None, dt, dw
+
+
+RULE = Rule("mse_loss", forward, backward, inputs="x t w", outputs="y")
+
+
+def check_reduction(op: str, reduction: str) -> None:
+    """Raise ValueError for a reduction that does not exist."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction={reduction!r} is not known; choose from {', '.join(map(repr, REDUCTIONS))}")
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean squared error, as `torch.nn.functional.mse_loss`.
+
+    Args:
+        input: (*B), floating point.
+        target: (*B), or broadcastable with input, with a warning.
+        size_average: deprecated, see reduction.
+        reduce: deprecated, see reduction.
+        reduction: "none", "mean" or "sum".
+        weight: (*B), the shape of input; each element's weight; differentiable.
+        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
+
+    Returns:
+        (*B) for "none", else a scalar.
+
+    Raises:
+        ValueError: shapes that cannot be broadcast, a weight of another shape, or a reduction that does not exist.
+        TypeError: the tensors are not of one floating-point dtype.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = F._Reduction.legacy_get_string(size_average, reduce)
+    check_reduction("mse_loss", reduction)
+    input, target, weight = OP.cast(input, target, weight)
+    OP.check(input, target, weight)
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError(f"mse_loss: weight has shape {tuple(weight.shape)} but input {tuple(input.shape)}; they must be equal")
+    if input.shape != target.shape:
+        try:
+            shape = torch.broadcast_shapes(input.shape, target.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"mse_loss: target has shape {tuple(target.shape)}, which cannot be broadcast with input {tuple(input.shape)}"
+            ) from None
+        warnings.warn(
+            f"mse_loss: target {tuple(target.shape)} and input {tuple(input.shape)} differ in shape and are broadcast; "
+            "this is rarely what is wanted",
+            stacklevel=2,
+        )
+        input, target = input.expand(shape), target.expand(shape)
+        weight = None if weight is None else weight.expand(shape)
+    return RULE(input, target, weight, reduction, backend=OP.pick(RULE, backend, input, target, weight))
+
+
+class MSELoss(nn.MSELoss):
+    """`torch.nn.MSELoss` with the backward above."""
+
+    backend = "auto"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return mse_loss(input, target, reduction=self.reduction, backend=self.backend)
+
+
+def case(draw: Draw) -> Case:
+    shape = (*draw.batch(), draw.size())
+    kwargs: dict[str, object] = {"reduction": draw.choice(REDUCTIONS)}
+    x, t = draw.tensor(*shape), draw.tensor(*shape)
+    if draw.flag():
+        kwargs["weight"] = draw.tensor(*shape).detach().abs().add(0.5).requires_grad_()
+    return Case((x, t), kwargs)
+
+
+def bench(draw: Draw) -> Case:
+    return Case((draw.tensor(2048, 1024), draw.tensor(2048, 1024, grad=False)), {})
+
+
+OP = Op(
+    name="mse_loss",
+    call=mse_loss,
+    reference=F.mse_loss,
+    rules=(RULE,),
+    module=(MSELoss,),
+    replaces=(nn.MSELoss,),
+    shapes="input: *B, target: *T, weight: *W -> *B",
+    source="Gauss 1821",
+    autocast=FLOAT32,
+    case=case,
+    bench=bench,
+)
+OPS = (OP,)

@@ -1,0 +1,145 @@
+"""What is special to the losses: torch's corner cases, modules, errors."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bptoolkit as bp
+
+close = torch.testing.assert_close
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2), (4, 3, 2, 5), (3,)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_every_option_of_cross_entropy_together(reduction, shape, weighted, smoothing):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    w = torch.rand(3, dtype=torch.float64) if weighted else None
+    k = torch.randint(0, 3, shape[:1] + shape[2:] if len(shape) > 1 else ())
+    for ignore in (-100, 1):
+        results = []
+        for fn in (bp.functional.cross_entropy, F.cross_entropy):
+            y = fn(x, k, w, ignore_index=ignore, reduction=reduction, label_smoothing=smoothing)
+            results.append((y, torch.autograd.grad(y, x, torch.ones_like(y).mul(0.7))))
+        close(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_everything_ignored(reduction):
+    """The mean over nothing is NaN, the sum is 0, as in torch; no row contributes a gradient to the sum."""
+    x, k = torch.randn(3, 4, requires_grad=True), torch.full((3,), -100)
+    ours, theirs = (f(x, k, reduction=reduction) for f in (bp.functional.cross_entropy, F.cross_entropy))
+    close(ours, theirs, equal_nan=True)
+    if reduction == "sum":
+        assert not torch.autograd.grad(ours, x)[0].any()
+
+
+def test_no_rows():
+    x, k = torch.randn(0, 4, requires_grad=True), torch.empty(0, dtype=torch.int64)
+    assert bp.functional.cross_entropy(x, k).isnan()
+    assert bp.functional.cross_entropy(x, k, reduction="sum") == 0
+
+
+def test_masked_logits():
+    """Logits of -inf have probability and gradient 0, in small and in chunked calls."""
+    for N, C in ((3, 5), (700, 900)):
+        x = torch.randn(N, C, dtype=torch.float64)
+        x[:, 1] = -torch.inf
+        x.requires_grad_()
+        k = torch.zeros(N, dtype=torch.int64)
+        results = []
+        for fn in (bp.functional.cross_entropy, F.cross_entropy):
+            y = fn(x, k)
+            results.append((y, torch.autograd.grad(y, x)))
+        close(*results)
+
+
+def test_large_logits_do_not_overflow():
+    x = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    y = bp.functional.cross_entropy(x, torch.tensor([1]))
+    assert y == 2e4
+    close(torch.autograd.grad(y, x)[0], torch.tensor([[1.0, -1.0, 0.0]]))
+
+
+def test_chunked_path_equals_the_plain_rule():
+    """More than one chunk: the in-place path against the same rule with grad mode on."""
+    torch.manual_seed(0)
+    for smoothing, weighted in itertools.product((0.0, 0.2), (False, True)):
+        x = torch.randn(1100, 300, dtype=torch.float64, requires_grad=True)
+        k, w = torch.randint(0, 300, (1100,)), torch.rand(300, dtype=torch.float64) if weighted else None
+        y = bp.functional.cross_entropy(x, k, w, ignore_index=7, label_smoothing=smoothing)
+        (fast,) = torch.autograd.grad(y, x, retain_graph=True)
+        (plain,) = torch.autograd.grad(y, x, create_graph=True)
+        close(fast, plain.detach())
+        close(fast, torch.autograd.grad(F.cross_entropy(x, k, w, ignore_index=7, label_smoothing=smoothing), x)[0])
+
+
+def test_logits_and_lse_are_what_is_kept():
+    from bptoolkit.bench import saved_bytes
+
+    x, k = torch.randn(64, 1000, requires_grad=True), torch.randint(0, 1000, (64,))
+    assert saved_bytes(lambda: bp.functional.cross_entropy(x, k)) <= 64 * 1000 * 4 + 64 * 4 + 64 * 8
+
+
+def test_modules():
+    w = torch.rand(5)
+    ours = bp.nn.CrossEntropyLoss(w, ignore_index=1, reduction="sum", label_smoothing=0.1)
+    theirs = torch.nn.CrossEntropyLoss(w, ignore_index=1, reduction="sum", label_smoothing=0.1)
+    x, k = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    close(ours(x, k), theirs(x, k))
+    assert ours.state_dict().keys() == theirs.state_dict().keys() and repr(ours) == repr(theirs)
+    x, t = torch.randn(4, 5), torch.randn(4, 5)
+    close(bp.nn.MSELoss(reduction="sum")(x, t), torch.nn.MSELoss(reduction="sum")(x, t))
+    assert repr(bp.nn.MSELoss()) == repr(torch.nn.MSELoss())
+
+
+def test_deprecated_arguments():
+    x, k = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    with pytest.warns(UserWarning, match="deprecated"):
+        y = bp.functional.cross_entropy(x, k, size_average=False)
+    close(y, F.cross_entropy(x, k, reduction="sum"))
+
+
+def test_mse_broadcasts_with_a_warning():
+    x, t = torch.randn(4, 5, requires_grad=True), torch.randn(5, requires_grad=True)
+    with pytest.warns(UserWarning, match="broadcast"):
+        ours = bp.functional.mse_loss(x, t)
+    with pytest.warns(UserWarning):
+        theirs = F.mse_loss(x, t)
+    close(torch.autograd.grad(ours, (x, t)), torch.autograd.grad(theirs, (x, t)))
+
+
+X, K = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda f: f.cross_entropy(X, torch.tensor([0, 1, 2, 9])), ValueError, r"target holds 9.*0\.\.4"),
+        (lambda f: f.cross_entropy(X, torch.tensor([0, 1, 2, -3])), ValueError, "target holds -3"),
+        (lambda f: f.cross_entropy(X, K[:3]), ValueError, r"\(3,\).*\(4, 5\)"),
+        (lambda f: f.cross_entropy(X, K.int()), TypeError, "int32"),
+        (lambda f: f.cross_entropy(X, X[:, :4]), ValueError, r"\(4, 4\)"),
+        (lambda f: f.cross_entropy(X, X.double()), TypeError, "float64"),
+        (lambda f: f.cross_entropy(X.long(), K), TypeError, "input is torch.int64"),
+        (lambda f: f.cross_entropy(X, K, torch.rand(4)), ValueError, r"weight has shape \(4,\).*C=5"),
+        (lambda f: f.cross_entropy(X, K, label_smoothing=1.5), ValueError, "1.5"),
+        (lambda f: f.cross_entropy(X, K, reduction="avg"), ValueError, "'avg'.*'mean'"),
+        (lambda f: f.cross_entropy(X, K, backend="cuda"), ValueError, "'cuda'.*'triton'"),
+        (lambda f: f.cross_entropy(X, K, backend="triton"), ValueError, "no fused kernel"),
+        (lambda f: f.mse_loss(X, X[:3]), ValueError, r"\(3, 5\).*\(4, 5\)"),
+        (lambda f: f.mse_loss(X, X.double()), TypeError, "target is torch.float64"),
+        (lambda f: f.mse_loss(X, X, weight=X[0]), ValueError, r"weight has shape \(5,\)"),
+        (lambda f: f.mse_loss(X, 3.0), TypeError, "target must be a tensor"),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call(bp.functional)
