@@ -300,7 +300,10 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
 
 
 def _mark_for_dynamo() -> None:
+    from bptoolkit.dynamo import admit_recurrent_modules
+
     torch.compiler.allow_in_graph(in_graph)
+    admit_recurrent_modules()
 
 
 class _WhenDynamoIsImported:
