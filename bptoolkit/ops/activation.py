@@ -6,8 +6,9 @@ Maths     relu     y = max(x, 0)               dx = dy [y > 0], so relu'(0) = 0
           silu     y = x σ(x)                  dx = dy σ(x) (1 + x (1 − σ(x)))
           gelu     y = x Φ(x)                  dx = dy (Φ(x) + x φ(x))
                    Φ(x) = ½ (1 + erf(x/√2)), φ(x) = Φ'(x) = e^(−x²/2) / √(2π)
-          or, with approximate="tanh":         y = x h, h = ½ (1 + tanh u), u = √(2/π) (x + 0.044715 x³)
-                   h' = ½ (1 − tanh² u) u'     dx = dy (h + x h')
+          or, with approximate="tanh",
+                   y = ½ x (1 + tanh u)         u = √(2/π) (x + 0.044715 x³)
+                     = x s, s = σ(2u)           dx = dy s (1 + x (1 − s) 2u')
 Letters   x, y of any shape (*B); dt is the gradient of the loss by t
 Numerics  relu, tanh and sigmoid keep their output, silu and gelu their input; half tensors are computed in float32;
           relu lets NaN through, and blocks any cotangent where it is off, infinite ones too, as torch does
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from bptoolkit.blocks import by_elements
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule, _transforms_active, unwatched
 from bptoolkit.op import Op
@@ -51,13 +53,17 @@ def keep_where_nonzero(dy, y):
     return on.ne_(0).mul_(dy.view(bits)).view(y.dtype)
 
 
+def chain(slope, dy, t):
+    """Dx = dy ∘ f'(t): slope is f' as a function of t, the input or output that is kept."""
+    return by_elements(lambda dy, t: (wide(dy) * slope(wide(t))).to(dy.dtype), dy, t)
+
+
 def tanh_forward(x):
     return torch.tanh(x)
 
 
 def tanh_backward(dy, y):
-    y, dy_ = wide(y), wide(dy)
-    return (dy_ * (1 - y * y)).to(dy.dtype)
+    return chain(lambda y: 1 - y * y, dy, y)
 
 
 def sigmoid_forward(x):
@@ -65,8 +71,12 @@ def sigmoid_forward(x):
 
 
 def sigmoid_backward(dy, y):
-    y, dy_ = wide(y), wide(dy)
-    return (dy_ * (y * (1 - y))).to(dy.dtype)
+    return chain(lambda y: y * (1 - y), dy, y)
+
+
+def silu_slope(x):
+    s = x.sigmoid()
+    return s * (1 + x * (1 - s))
 
 
 def silu_forward(x):
@@ -74,9 +84,18 @@ def silu_forward(x):
 
 
 def silu_backward(dy, x):
-    x, dy_ = wide(x), wide(dy)
-    s = x.sigmoid()
-    return (dy_ * (s * (1 + x * (1 - s)))).to(dy.dtype)
+    return chain(silu_slope, dy, x)
+
+
+def gelu_slope(x):
+    cdf, pdf = 0.5 * (1 + torch.erf(x * SQRT_HALF)), PDF_0 * torch.exp(-0.5 * x * x)
+    return cdf + x * pdf
+
+
+def gelu_tanh_slope(x):
+    x2 = x * x
+    s = torch.sigmoid(2 * ROOT_2_PI * (x * (1 + CUBIC * x2)))
+    return s * (1 + x * (1 - s) * (2 * ROOT_2_PI * (1 + 3 * CUBIC * x2)))
 
 
 def gelu_forward(x, approximate):
@@ -84,18 +103,7 @@ def gelu_forward(x, approximate):
 
 
 def gelu_backward(dy, x, approximate):
-    x, dy_ = wide(x), wide(dy)
-    if approximate == "tanh":
-        x2 = x * x
-        t = torch.tanh(ROOT_2_PI * (x + CUBIC * x2 * x))
-        h = 0.5 * (1 + t)
-        dh = 0.5 * (1 - t * t) * (ROOT_2_PI * (1 + 3 * CUBIC * x2))
-        return (dy_ * (h + x * dh)).to(dy.dtype)
-    if unwatched(dy, x):  # the two lines below, in place: two thirds of the time
-        phi = (x * x).mul_(-0.5).exp_().mul_(PDF_0)
-        return (x * SQRT_HALF).erf_().add_(1).mul_(0.5).addcmul_(x, phi).mul_(dy_).to(dy.dtype)
-    phi = PDF_0 * torch.exp(-0.5 * x * x)
-    return (dy_ * (0.5 * (1 + torch.erf(x * SQRT_HALF)) + x * phi)).to(dy.dtype)
+    return chain(gelu_tanh_slope if approximate == "tanh" else gelu_slope, dy, x)
 
 
 RELU_RULE = Rule("relu", relu_forward, relu_backward, inputs="x", outputs="y")
