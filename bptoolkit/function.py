@@ -19,6 +19,7 @@ import inspect
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class Rule:
         self.options = parameters[len(self.inputs) :]
         self.saved = self._read_backward()
         self._uses = self._read_uses(uses or {})
-        self._by_need: dict[tuple[bool, ...], tuple[Any, tuple[int | None, ...]]] = {}
+        self._by_need: dict[tuple[bool, ...], tuple[Any, Any]] = {}
         self.function = _function(self)
         self.apply = plain_apply(self.function)
         _RULES[name] = self
@@ -99,6 +100,10 @@ class Rule:
         self._arguments = tuple(pool.index(p) for p in asked)
         return saved
 
+    def arrange(self, pool: tuple[Any, ...]) -> list[Any]:
+        """The arguments of backward in its own order, out of (*cotangents, *saved, *options, need)."""
+        return [pool[k] for k in self._arguments]
+
     def _read_uses(self, uses: Mapping[str, str]) -> dict[str, frozenset[str]]:
         """Per input: which of the saved letters its gradient uses."""
         for letter, used in uses.items():
@@ -106,18 +111,15 @@ class Rule:
                 raise TypeError(f"{self.name}: uses={{{letter!r}: {used!r}}} names a letter backward does not take")
         return {i: frozenset(uses[i].split() if i in uses else self.saved) for i in self.inputs}
 
-    def needed(self, need: tuple[bool, ...]) -> tuple[Any, tuple[int | None, ...]]:
-        """`need` as backward gets it, and where each saved letter lies in (*inputs, *outputs), None if it is not used."""
-        if need not in self._by_need:
+    def needed(self, need: tuple[bool, ...]) -> tuple[Any, Callable[[tuple[Any, ...]], tuple[Any, ...]]]:
+        """`need` as backward gets it, and what picks the letters to save out of (*inputs, *outputs, None)."""
+        found = self._by_need.get(need)
+        if found is None:
             used = frozenset().union(*(self._uses[i] for i, wanted in zip(self.inputs, need) if wanted))
             letters = self.inputs + self.outputs
-            self._by_need[need] = self.Need(*need), tuple(letters.index(s) if s in used else None for s in self.saved)
-        return self._by_need[need]
-
-    def arrange(self, cotangents: Any, saved: Any, options: Any, need: Any) -> list[Any]:
-        """The arguments of backward, in its own order."""
-        pool = (*cotangents, *saved, *options, need)
-        return [pool[k] for k in self._arguments]
+            at = [letters.index(s) if s in used else len(letters) for s in self.saved]
+            found = self._by_need[need] = self.Need(*need), _picker(at)
+        return found
 
     def load_kernel(self) -> Any:
         """The kernel module of this rule; imports Triton."""
@@ -132,6 +134,13 @@ class Rule:
 
     def __repr__(self) -> str:
         return f"Rule({self.name}: {' '.join(self.inputs)} -> {' '.join(self.outputs)})"
+
+
+def _picker(at: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What picks the given places out of a tuple."""
+    if len(at) > 1:
+        return itemgetter(*at)
+    return (lambda pool: (pool[at[0]],)) if at else (lambda pool: ())
 
 
 def in_graph(name: str, backend: str, *args: Any) -> Any:
@@ -219,20 +228,20 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
     constants = tuple(rule.outputs.index(c) for c in rule.constants)
     everything: Any = rule.needed((True,) * n)[1]
 
-    def rules(backend: str, phase: str) -> Any:
-        """The module or rule that has the forward and backward to run; the forward's backend was picked by the caller."""
-        if backend == "eager":
-            return rule
+    nothing = (None,) * len(rule.options)  # the gradients of the options
+
+    def kernel_of(backend: str, phase: str) -> Any:
+        """The module or rule whose forward or backward runs, where the forward's backend is not the eager one."""
         differentiated = phase == "backward" and torch.is_grad_enabled()
         state = State("auto", phase, True, True, phase == "backward" and _transforms_active(), differentiated, None)
-        return rule.load_kernel() if choose(state).rule == "triton" else rule
+        return rule.load_kernel() if choose(state).rule == backend else rule
 
     class F(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(backend: str, *args: Any) -> Any:
-            run = rules(backend, "forward").forward
+            run = (rule if backend == "eager" else kernel_of(backend, "forward")).forward
             if _autocast():
                 with _NoAutocast():
                     return run(*args)
@@ -241,35 +250,36 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = (output,) if single else tuple(output)
-            letters = inputs[1 : n + 1] + outputs
+            letters = (*inputs[1 : n + 1], *outputs, None)
             if _transforms_active() or forward_ad._current_level >= 0:
                 # Under vmap the two lists must be alike: functorch remembers one set of batch dimensions for both.
-                kept = [letters[k] for k in everything]
+                kept = everything(letters)
                 ctx.save_for_forward(*kept)
                 ctx.save_for_backward(*kept)
                 ctx.like = [(o.shape, o.dtype, o.device) for o in outputs]
             else:
-                _, at = rule.needed(ctx.needs_input_grad[1 : n + 1])
-                ctx.save_for_backward(*[None if k is None else letters[k] for k in at])
-            ctx.backend, ctx.options = inputs[0], inputs[n + 1 :]
-            ctx.set_materialize_grads(False)
+                _, pick = rule.needed(ctx.needs_input_grad[1 : n + 1])
+                ctx.save_for_backward(*pick(letters))
+            ctx.call = inputs[0], inputs[n + 1 :]
+            if not single:
+                ctx.set_materialize_grads(False)
             if constants:
                 ctx.mark_non_differentiable(*(outputs[c] for c in constants))
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
-            need, _ = rule.needed(ctx.needs_input_grad[1 : n + 1])
-            nothing = (None,) * len(ctx.options)
             if cotangents[0] is None and all(c is None for c in cotangents):
                 return None, *(None,) * n, *nothing
-            args = rule.arrange(cotangents, ctx.saved_tensors, ctx.options, need)
-            run = rules(ctx.backend, "backward").backward
+            backend, options = ctx.call
+            need, _ = rule.needed(ctx.needs_input_grad[1 : n + 1])
+            args = rule.arrange((*cotangents, *ctx.saved_tensors, *options, need))
+            run = (rule if backend == "eager" else kernel_of(backend, "backward")).backward
             if _autocast():
                 with _NoAutocast():
                     grads = run(*args)
             else:
                 grads = run(*args)
-            return None, *(grads if n > 1 else (grads,)), *nothing
+            return (None, *grads, *nothing) if n > 1 else (None, grads, *nothing)
 
         @staticmethod
         def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
@@ -282,7 +292,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
                 cotangents: list[Any] = [None] * len(rule.outputs)
                 for k, u in zip(live, us):
                     cotangents[k] = u
-                grads = rule.backward(*rule.arrange(cotangents, saved, ctx.options, need))
+                grads = rule.backward(*rule.arrange((*cotangents, *saved, *ctx.call[1], need)))
                 return tuple(g for g, wanted in zip(grads if n > 1 else (grads,), need) if wanted)
 
             like = [ctx.like[k] for k in live]

@@ -45,7 +45,7 @@ class Shapes:
             if first is None:
                 check_floating(op, name, t)
                 first, first_name, dtype, device = t, name, t.dtype, t.device
-            elif not isinstance(t, Tensor) or t.dtype != dtype or t.device != device:
+            elif not isinstance(t, Tensor) or t.dtype is not dtype or t.device != device:
                 check_floating(op, name, t)
                 check_alike(op, first_name, first, name, t)
             shape = t.shape
