@@ -1,8 +1,8 @@
 """Let torch.compile into bptoolkit's recurrent modules.
 
-Dynamo refuses every instance of nn.RNN, nn.GRU and nn.LSTM (`torch._dynamo.config.allow_rnn` is off: traced, torch's own are wrong
-or slow). bptoolkit's are instances too, so that a model that asks `isinstance(self.rnn, nn.LSTM)` goes on as before; but their
-forward is one opaque node. So the refusal is lifted while Dynamo wraps one of ours, and torch's own stay refused.
+Dynamo refuses every instance of nn.RNN, nn.GRU and nn.LSTM (`torch._dynamo.config.allow_rnn` is off). bptoolkit's are instances
+too, so that a model that asks `isinstance(self.rnn, nn.LSTM)` goes on as before; but the loop over time in their forward is one
+opaque node. So the refusal is lifted while Dynamo wraps one of ours; torch's own stay refused.
 """
 
 from __future__ import annotations
