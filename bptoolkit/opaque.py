@@ -129,8 +129,11 @@ class Opaque:
         with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
             tensors = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(args, need)]
             out = self.loop(*tensors, *args[self.tensors :])
-            live = [(o, c) for o, c in zip((out,) if self.single else out, cotangents) if c is not None]
+            pairs = zip((out,) if self.single else out, cotangents)
+            live = [(o, c) for o, c in pairs if c is not None and o.requires_grad]
             at: Any = [t for t, n in zip(tensors, need) if n]
+            if not live:  # no output depends on what needs a gradient
+                return [torch.zeros_like(t) if n else None for t, n in zip(tensors, need)]
             outs, cots = zip(*live)
             pulled = iter(torch.autograd.grad(outs, at, cots, allow_unused=True, materialize_grads=True))
         return [next(pulled) if n else None for n in need]

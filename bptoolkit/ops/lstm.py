@@ -19,7 +19,7 @@ Source    Hochreiter & Schmidhuber 1997; the forget gate, Gers et al. 2000; full
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ from bptoolkit.op import LOW, Op
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops import recurrent_reference
 from bptoolkit.ops.recurrent import (
+    CHUNK,
+    Layout,
     before,
     carry,
-    check_hx,
     check_save,
     folded,
     last,
+    options_of,
     order,
     over_time,
     sequence,
@@ -47,15 +49,13 @@ from bptoolkit.ops.recurrent import (
     within,
 )
 
-CHUNK = 1 << 18  # elements of gates worked on at a time in backward: 1 MiB of float32
-
 # --- the loops ------------------------------------------------------------------------------------------------------------
 
 
 def loop(
     pre: Tensor, h0: Tensor, c0: Tensor, wh: Tensor, wr: Tensor | None, lengths: Tensor | None, reverse: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, c and the gates from pre = Wi x + b: *V T B 4H. Without `keep`, the gates come back empty."""
+    """The outputs y, the cells c and the gates from pre = Wi x + b: *V T B 4H. Without `keep`, the gates come back empty."""
     T, h, c = pre.shape[-3], h0, c0
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
     ys, cs, gs = [pre] * T, [pre] * T, [pre] * T
@@ -70,9 +70,7 @@ def loop(
     return within(y, lengths), within(c, lengths), within(g, lengths) if keep else _no_gates(pre)
 
 
-def fast(
-    pre: Tensor, h0: Tensor, c0: Tensor, wh: Tensor, wr: Tensor | None, lengths: Tensor | None, reverse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def loop_fast(pre, h0, c0, wh, wr, lengths, reverse, keep):
     """`loop` in place, without *V."""
     T, B, H = pre.shape[0], pre.shape[1], c0.shape[-1]
     y, c = pre.new_empty(T, B, h0.shape[-1]), pre.new_empty(T, B, H)
@@ -123,7 +121,7 @@ def bptt(
     lengths: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """da, dh0 and dc0 from the cotangents of y, c and the gates. Past a row's length g and c are zero, and so is da."""
+    """The gradients da, dh0 and dc0 from the cotangents of y, c and the gates. Past a row's length g and c are zero, and so is da."""
     T = g.shape[-3]
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
     i, f, n, o = g.chunk(4, -1)
@@ -147,18 +145,7 @@ def bptt(
     return torch.stack(das, -3), dh, dct
 
 
-def bptt_fast(
-    dy: Tensor | None,
-    dc: Tensor | None,
-    dg: Tensor | None,
-    g: Tensor,
-    c: Tensor,
-    c0: Tensor,
-    wh: Tensor,
-    wr: Tensor | None,
-    lengths: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def bptt_fast(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse):
     """`bptt` in place, without *V. The local derivatives are made for a few steps at a time, so that they stay in cache."""
     if dg is not None:  # second order only
         return bptt(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse)
@@ -214,11 +201,10 @@ def _local(A: Tensor, gates: Tensor, c: Tensor, cp: Tensor) -> Tensor:
 
 
 def bptt_fake(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse):
-    *V, B, H = c0.shape
-    return g.new_empty(g.shape), g.new_empty(*V, B, wh.shape[-1]), g.new_empty(c0.shape)
+    return g.new_empty(g.shape), g.new_empty(*c0.shape[:-1], wh.shape[-1]), g.new_empty(c0.shape)
 
 
-LOOP = Opaque("lstm_loop", loop, loop_fake, vmap="leading", fast=folded("tbbwwl", fast, loop))
+LOOP = Opaque("lstm_loop", loop, loop_fake, vmap="leading", fast=folded("tbbwwl", loop_fast, loop))
 BPTT = Opaque("lstm_bptt", bptt, bptt_fake, vmap="leading", fast=folded("tttttbwwl", bptt_fast, bptt))
 
 # --- the rules ------------------------------------------------------------------------------------------------------------
@@ -273,28 +259,21 @@ def _dh(dy, da, wh, reverse):
     return dh if dy is None else dh + dy
 
 
-_SAVED = "c0 wh wr lengths c g"
 _INPUTS = "x h0 c0 wi wh b wr lengths"
+_BPTT = "c0 wh wr lengths c g"  # what the loop of backward uses
+_USES = {"x": "wi", "h0": "", "c0": "", "wi": "x", "wh": "h0 y", "b": "", "wr": ""}
 GATES = Rule(
     "lstm_gates",
     forward_gates,
     backward_gates,
     inputs=_INPUTS,
     outputs="y c g",
-    uses={
-        "x": _SAVED + " wi",
-        "h0": _SAVED,
-        "c0": _SAVED,
-        "wi": _SAVED + " x",
-        "wh": _SAVED + " h0 y",
-        "b": _SAVED,
-        "wr": _SAVED,
-    },
+    uses={letter: f"{_BPTT} {more}" for letter, more in _USES.items()},
 )
 OUTPUTS = Rule("lstm_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="y c")
 
 
-# --- the public function and module -------------------------------------------------------------------------------------------
+# --- the public function and module -----------------------------------------------------------------------------------------
 
 
 def lstm(
@@ -344,23 +323,8 @@ def lstm(
         y, c, *_ = rule(*args, backend=OP.pick(rule, backend, *args))
         return y, (last(h0, y, lengths, reverse), last(c0, c, lengths, reverse))
 
-    output, (h, c) = sequence(
-        OP,
-        cell,
-        4,
-        ("h_0", "c_0"),
-        input,
-        check_hx("lstm", hx, ("h_0", "c_0")),
-        weights,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        bias=bias,
-        dropout=dropout,
-        training=training,
-        proj_size=proj_size,
-        lengths=lengths,
-    )
+    layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0, proj_size)
+    output, (h, c) = sequence(OP, cell, 4, ("h_0", "c_0"), input, hx, weights, layout, lengths)
     return output, (h, c)
 
 
@@ -371,21 +335,8 @@ class LSTM(nn.LSTM):
     save: str = "gates"  # or "outputs"; see `lstm`
 
     def forward(self, input, hx=None, lengths=None):  # type: ignore[override]
-        return lstm(
-            input,
-            hx,
-            weights_of(self),
-            num_layers=self.num_layers,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-            bias=self.bias,
-            dropout=self.dropout,
-            training=self.training,
-            proj_size=self.proj_size,
-            lengths=lengths,
-            save=self.save,
-            backend=self.backend,
-        )
+        options = options_of(self) | {"proj_size": self.proj_size, "save": self.save, "lengths": lengths}
+        return lstm(input, hx, weights_of(self), **options)
 
 
 def reference(input, hx, weights, **kwargs):
@@ -406,13 +357,10 @@ def reference(input, hx, weights, **kwargs):
     return recurrent_reference.plain(step, (P or H, H), input, hx, weights, **kwargs)
 
 
-def peer(
-    input, hx, weights, *, num_layers=1, bidirectional=False, batch_first=False, bias=True, dropout=0.0, training=True, **_
-):
-    """torch's own, for benchmarks."""
-    H, D, B = weights[0].shape[0] // 4, 1 + bidirectional, input.shape[0 if batch_first else 1]
-    hx = hx or (input.new_zeros(num_layers * D, B, H),) * 2
-    y, h, c = torch._VF.lstm(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
+def peer(input, hx, weights, save="gates"):
+    """Torch's own, for benchmarks."""
+    zeros = input.new_zeros(1, input.shape[1], weights[1].shape[1])
+    y, h, c = torch._VF.lstm(input, (zeros, zeros), weights, True, 1, 0.0, True, False, False)
     return y, (h, c)
 
 
@@ -421,8 +369,8 @@ def case(draw: Draw) -> Case:
     return Case(args, kwargs | {"save": draw.choice(("gates", "outputs"))})
 
 
-def bench_outputs(draw: Draw) -> Case:
-    return Case(recurrent_reference.wide(draw, 4, 128, 32, 256), {"save": "outputs"})
+def bench(save: str) -> Callable[[Draw], Case]:
+    return lambda draw: Case(recurrent_reference.wide(draw, 4, 128, 32, 256), {"save": save})
 
 
 OP = Op(
@@ -437,9 +385,6 @@ OP = Op(
     source="Hochreiter & Schmidhuber 1997; Gers et al. 2000",
     autocast=LOW,
     case=case,
-    bench={
-        "save=gates": lambda draw: Case(recurrent_reference.wide(draw, 4, 128, 32, 256), {}),
-        "save=outputs": bench_outputs,
-    },
+    bench={f"save={s}": bench(s) for s in ("gates", "outputs")},
 )
 OPS = (OP,)

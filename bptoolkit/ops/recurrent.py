@@ -9,7 +9,7 @@ Ragged    rows end at `lengths`: what a row has past its length is never read, i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from bptoolkit.op import Op
 from bptoolkit.shapes import check_alike, check_floating
 
 _transforms_active = torch._C._are_functorch_transforms_active
+CHUNK = 1 << 18  # elements of gates that a backward loop works on at a time: 1 MiB of float32
 Cell = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 
 
@@ -37,8 +38,8 @@ def valid(T: int, lengths: Tensor) -> Tensor:
     return (steps.unsqueeze(-1) < lengths.unsqueeze(-2)).unsqueeze(-1)
 
 
-def within(t: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """A sequence with zeros past the lengths, whatever was there."""
+def within(t: Any, lengths: Tensor | None) -> Any:
+    """A sequence, or None, with zeros past the lengths, whatever was there."""
     return t if t is None or lengths is None else torch.where(valid(t.shape[-3], lengths), t, 0)
 
 
@@ -120,22 +121,36 @@ def folded(kinds: str, fast: Callable[..., Any], loop: Callable[..., Any]) -> Ca
 # --- around the rules: layers, directions, packing ------------------------------------------------------------------------
 
 
+class Layout(NamedTuple):
+    """How the weights are laid out, and what happens between layers."""
+
+    num_layers: int
+    bidirectional: bool
+    batch_first: bool
+    bias: bool
+    dropout: float = 0.0
+    proj_size: int = 0
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weights of one layer in one direction."""
+        biases = ("bias_ih", "bias_hh") if self.bias else ()
+        return ("weight_ih", "weight_hh", *biases, *(("weight_hr",) if self.proj_size else ()))
+
+
 def sequence(
     op: Op,
     cell: Cell,
     gates: int,
-    states: Sequence[str],
+    states: tuple[str, ...],
     input: Tensor | PackedSequence,
     hx: Any,
     weights: Sequence[Tensor],
-    *,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    bias: bool,
-    dropout: float,
-    training: bool,
-    proj_size: int,
+    layout: Layout,
     lengths: Tensor | None,
 ) -> tuple[Any, tuple[Tensor, ...]]:
     """All layers and directions of a recurrent op, with everything torch's modules take.
@@ -145,12 +160,14 @@ def sequence(
         cell: one layer in one direction, `cell(x, states, weights, lengths, reverse) -> y, last states`.
         gates: how many blocks of H rows its weights have.
         states: the names of its states.
-        input, hx, weights, ...: the arguments of the public function; hx is None or a sequence with a tensor per state.
+        input, hx, weights, lengths: the arguments of the public function.
+        layout: its options.
 
     Returns:
         The output and the last states.
     """
-    D, per = 1 + bidirectional, 2 + 2 * bias + (proj_size > 0)
+    hx = check_hx(op.name, hx, states)
+    check_weights(op.name, weights, layout)
     packed = input if isinstance(input, PackedSequence) else None
     x = input if packed is None else packed.data
     x, hx, weights = cast(op, x, hx, weights, packed is not None)
@@ -159,9 +176,11 @@ def sequence(
             raise ValueError(f"{op.name}: a PackedSequence has its lengths in it; leave lengths out")
         check_floating(op.name, "input.data", x)
         x, lengths, index = unpack(packed, x)
-        batch_first = False
-    batched = x.dim() != 2
-    check(op.name, x, hx, weights, gates, states, num_layers, D, per, batch_first, bias, dropout, proj_size)
+        layout = layout._replace(batch_first=False)
+    num_layers, batch_first, dropout, proj_size = layout.num_layers, layout.batch_first, layout.dropout, layout.proj_size
+    D, per = layout.directions, len(layout.names)
+    check(op.name, x, hx, weights, gates, states, layout)
+    batched = x.dim() == 3
     x = x.unsqueeze(1) if not batched else x.transpose(0, 1) if batch_first else x  # T B I
     hx = hx if hx is None or batched else [h.unsqueeze(1) for h in hx]  # L·D B ·
     if hx is not None and packed is not None and packed.sorted_indices is not None:
@@ -181,7 +200,7 @@ def sequence(
             for f, e in zip(finals, ends):
                 f.append(e)
         x = outputs[0] if D == 1 else torch.cat(outputs, -1)  # T B D·P
-        if dropout and training and layer < num_layers - 1:
+        if dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout)
     last_states = tuple(torch.stack(f) for f in finals)  # L·D B ·
     if packed is not None:
@@ -245,22 +264,29 @@ def check_hx(op: str, hx: Any, states: Sequence[str]) -> Any:
     return tuple(hx)
 
 
-def check(op, x, hx, weights, gates, states, num_layers, D, per, batch_first, bias, dropout, proj_size) -> None:
-    """Check the options, then every tensor's rank, size, dtype and device, before any work."""
+def check_weights(op: str, weights: Any, layout: Layout) -> None:
+    """Check the options and the number of the weights."""
+    L, D, names = layout.num_layers, layout.directions, layout.names
+    if L < 1:
+        raise ValueError(f"{op}: num_layers={L}; there must be at least one")
+    if not 0 <= layout.dropout <= 1:
+        raise ValueError(f"{op}: dropout={layout.dropout}; it must be between 0 and 1")
+    if not isinstance(weights, (tuple, list)):
+        raise TypeError(f"{op}: weights must be a list of tensors, not {type(weights).__name__}")
+    if len(weights) != L * D * len(names):
+        raise ValueError(
+            f"{op}: weights has {len(weights)} tensors; {L} layers in {D} directions, with {', '.join(names)} each, "
+            f"need {L * D * len(names)}"
+        )
+
+
+def check(op: str, x: Tensor, hx: Any, weights: Sequence[Tensor], gates: int, states: tuple[str, ...], layout: Layout) -> None:
+    """Check every tensor's rank, size, dtype and device, before any work."""
+    L, D, names, proj_size = layout.num_layers, layout.directions, layout.names, layout.proj_size
     check_floating(op, "input", x)
     if x.dim() not in (2, 3):
-        lead = "(B, T, I)" if batch_first else "(T, B, I)"
+        lead = "(B, T, I)" if layout.batch_first else "(T, B, I)"
         raise ValueError(f"{op}: input has shape {tuple(x.shape)}, which is {x.dim()} dimensions; it needs {lead} or (T, I)")
-    if num_layers < 1:
-        raise ValueError(f"{op}: num_layers={num_layers}; there must be at least one")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"{op}: dropout={dropout}; it must be between 0 and 1")
-    names = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * bool(bias) + ["weight_hr"] * (proj_size > 0)
-    if len(weights) != num_layers * D * per:
-        raise ValueError(
-            f"{op}: weights has {len(weights)} tensors; {num_layers} layers in {D} directions, with {', '.join(names)} each, "
-            f"need {num_layers * D * per}"
-        )
     first = weights[0]
     check_floating(op, "weight_ih_l0", first)
     if first.dim() != 2 or first.shape[0] % gates:
@@ -274,7 +300,7 @@ def check(op, x, hx, weights, gates, states, num_layers, D, per, batch_first, bi
             f"{op}: input has {I} features {tuple(x.shape)}, but weight_ih_l0 {tuple(first.shape)} takes {first.shape[1]}"
         )
     for k, w in enumerate(weights):
-        layer, d, part = k // per // D, k // per % D, names[k % per]
+        layer, d, part = k // len(names) // D, k // len(names) % D, names[k % len(names)]
         name = f"{part}_l{layer}" + "_reverse" * d
         check_floating(op, name, w)
         check_alike(op, "input", x, name, w)
@@ -282,13 +308,13 @@ def check(op, x, hx, weights, gates, states, num_layers, D, per, batch_first, bi
         wanted = (P, H) if part == "weight_hr" else (gates * H, fan[part]) if part in fan else (gates * H,)
         if tuple(w.shape) != wanted:
             raise ValueError(f"{op}: {name} has shape {tuple(w.shape)}; it needs {wanted}")
-    time, batch = (1, 0) if batch_first and x.dim() == 3 else (0, 1)
+    time, batch = (1, 0) if layout.batch_first and x.dim() == 3 else (0, 1)
     if x.shape[time] == 0:
         raise ValueError(f"{op}: input has shape {tuple(x.shape)}: Expected sequence length to be larger than 0 in RNN")
     for name, h, n in zip(states, hx or (), (P, H)):
         check_floating(op, name, h)
         check_alike(op, "input", x, name, h)
-        wanted = (num_layers * D, n) if x.dim() == 2 else (num_layers * D, x.shape[batch], n)
+        wanted = (L * D, n) if x.dim() == 2 else (L * D, x.shape[batch], n)
         if tuple(h.shape) != wanted:
             raise ValueError(f"{op}: {name} has shape {tuple(h.shape)}; with input {tuple(x.shape)} it needs {wanted}")
 
@@ -312,3 +338,9 @@ def check_lengths(op: str, lengths: Any, x: Tensor, batched: bool) -> Tensor:
 def weights_of(module: torch.nn.RNNBase) -> list[Tensor]:
     """A module's weights in torch's order, as they are now: parametrized, swapped in by functional_call, or plain."""
     return [getattr(module, name) for name in module._flat_weights_names]
+
+
+def options_of(module: torch.nn.RNNBase) -> dict[str, Any]:
+    """A module's attributes as the options of its function."""
+    names = ("num_layers", "bidirectional", "batch_first", "bias", "dropout", "training", "backend")
+    return {name: getattr(module, name) for name in names}

@@ -1,0 +1,250 @@
+"""The simple recurrence of Elman, a whole sequence at once.
+
+Maths     hₜ = φ(Wi xₜ + Wh hₜ₋₁ + b)    yₜ = hₜ           φ = tanh or relu
+          backward through time, t = T … 1, with the carry dh from step t+1:
+          dh += dyₜ        daₜ = dh φ'(aₜ)        dh ← Whᵀ daₜ            tanh' = 1-h²    relu' = [h > 0]
+          after the loop, each one product over all steps:
+          dx = da Wi       dWi = Σₜ daₜᵀ xₜ       dWh = Σₜ daₜᵀ hₜ₋₁      db = Σₜ daₜ
+Letters   see `recurrent`; *V dimensions that vmap adds
+Saving    x and y: nothing else is needed
+Source    Elman 1990; backpropagation through time, Werbos 1990
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from bptoolkit.cases import Case, Draw
+from bptoolkit.function import Rule
+from bptoolkit.op import LOW, Op
+from bptoolkit.opaque import Opaque
+from bptoolkit.ops import recurrent_reference
+from bptoolkit.ops.recurrent import (
+    Layout,
+    before,
+    carry,
+    folded,
+    last,
+    options_of,
+    order,
+    over_time,
+    sequence,
+    valid,
+    weights_of,
+    within,
+)
+
+# --- the loops ------------------------------------------------------------------------------------------------------------
+
+
+def loop(pre: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None, reverse: bool, nonlinearity: str) -> Tensor:
+    """The outputs y from pre = Wi x + b: *V T B H."""
+    T, h, ys = pre.shape[-3], h0, [pre] * pre.shape[-3]
+    keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
+    for t in order(T, reverse):
+        a = pre.select(-3, t) + h @ wh.mT
+        ys[t] = h = carry(keeps[t], a.tanh() if nonlinearity == "tanh" else a.relu(), h)
+    return within(torch.stack(ys, -3), lengths)
+
+
+def loop_fast(pre, h0, wh, lengths, reverse, nonlinearity):
+    """`loop` in place, without *V."""
+    y, h, wt = torch.empty_like(pre, memory_format=torch.contiguous_format), h0, wh.mT
+    phi = torch.tanh_ if nonlinearity == "tanh" else torch.relu_
+    reset = valid(len(pre), lengths).unbind(0) if reverse and lengths is not None else None
+    pres, ys = pre.unbind(0), y.unbind(0)
+    for t in order(len(pre), reverse):
+        h = phi(torch.addmm(pres[t], h, wt, out=ys[t]))
+        if reset is not None:  # a row starts at its own end
+            h = torch.where(reset[t], h, h0)
+    return y if lengths is None else y.masked_fill_(~valid(len(pre), lengths), 0)
+
+
+def loop_fake(pre, h0, wh, lengths, reverse, nonlinearity):
+    return pre.new_empty(pre.shape)
+
+
+def bptt(
+    dy: Tensor, y: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None, reverse: bool, nonlinearity: str
+) -> tuple[Tensor, Tensor]:
+    """The gradients da and dh0 from the cotangent of y, which is zero past a row's length."""
+    T = y.shape[-3]
+    keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
+    k = within(1 - y * y if nonlinearity == "tanh" else (y > 0).to(y.dtype), lengths)
+    dh, das = torch.zeros_like(h0), [y] * T
+    for t in order(T, reverse)[::-1]:
+        das[t] = da = (dh + dy.select(-3, t)) * k.select(-3, t)  # *V B H
+        dh = carry(keeps[t], da @ wh, dh)
+    return torch.stack(das, -3), dh
+
+
+def bptt_fast(dy, y, h0, wh, lengths, reverse, nonlinearity):
+    """`bptt` in place, without *V."""
+    T = len(y)
+    if nonlinearity == "tanh":
+        da = y.square().neg_().add_(1)
+        if lengths is not None:
+            da.masked_fill_(~valid(T, lengths), 0)
+    else:
+        da = torch.gt(y, 0, out=torch.empty_like(y))
+    keeps = valid(T, lengths).unbind(0) if reverse and lengths is not None else None
+    dh, behind, das, dys = torch.zeros_like(h0), None, da.unbind(0), dy.unbind(0)
+    for t in order(T, reverse)[::-1]:
+        dht = dys[t] + dh if behind is None else torch.addmm(dys[t], behind, wh)
+        das[t].mul_(dht)
+        if keeps is None:  # dh is still zero past the lengths
+            behind = das[t]
+        else:
+            dh = torch.where(keeps[t], das[t] @ wh, dh)
+    return da, dh if behind is None else behind @ wh
+
+
+def bptt_fake(dy, y, h0, wh, lengths, reverse, nonlinearity):
+    return y.new_empty(y.shape), y.new_empty(h0.shape)
+
+
+LOOP = Opaque("rnn_loop", loop, loop_fake, vmap="leading", fast=folded("tbwl", loop_fast, loop))
+BPTT = Opaque("rnn_bptt", bptt, bptt_fake, vmap="leading", fast=folded("ttbwl", bptt_fast, bptt))
+
+# --- the rule -------------------------------------------------------------------------------------------------------------
+
+
+def forward(x, h0, wi, wh, b, lengths, reverse, nonlinearity):
+    pre = F.linear(within(x, lengths), wi, b)  # T B H: the product with x is one for all steps
+    return LOOP(pre, h0, wh, lengths, reverse, nonlinearity)
+
+
+def backward(dy, x, h0, wi, wh, lengths, reverse, nonlinearity, y, need):
+    dy, x = within(dy, lengths), within(x, lengths)
+    da, dh0 = BPTT(dy, y, h0, wh, lengths, reverse, nonlinearity)  # T B H, B H
+    dx = da @ wi if need.x else None  # T B I
+    dwi = over_time(da, x) if need.wi else None  # H I
+    dwh = over_time(da, before(h0, y, lengths, reverse)) if need.wh else None  # H H
+    db = da.sum((0, 1)) if need.b else None  # H
+    return dx, dh0, dwi, dwh, db, None
+
+
+_BPTT = "h0 wh lengths y"  # what the loop of backward uses
+_USES = {"x": "wi", "h0": "", "wi": "x", "wh": "", "b": ""}
+RULE = Rule(
+    "rnn",
+    forward,
+    backward,
+    inputs="x h0 wi wh b lengths",
+    outputs="y",
+    uses={letter: f"{_BPTT} {more}" for letter, more in _USES.items()},
+)
+
+# --- the public function and module -----------------------------------------------------------------------------------------
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    nonlinearity: str = "tanh",
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = True,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Any, Tensor]:
+    """A whole sequence through a simple recurrent network, as `torch.nn.RNN`; H hidden, L layers, D directions.
+
+    Args:
+        input: (T, B, I), (B, T, I) if batch_first, (T, I), or a PackedSequence; floating point, T at least 1.
+        hx: (L·D, B, H), without B for a (T, I) input; None for zeros.
+        weights: the tensors of torch.nn.RNN in its order: per layer and direction weight_ih (H, I or D·H), weight_hh (H, H),
+            bias_ih and bias_hh (H) if bias.
+        nonlinearity: "tanh" or "relu".
+        num_layers, bidirectional, batch_first, bias: as in torch.nn.RNN.
+        dropout: the share of every layer's output but the last's that is zeroed, if training.
+        lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
+            at their ends, a reverse direction starts there.
+        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
+
+    Returns:
+        output (T, B, D·H) or as the input is laid out, and h_n in the shape of hx.
+
+    Raises:
+        ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
+        TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"rnn: nonlinearity={nonlinearity!r} is not known; choose 'tanh' or 'relu'")
+
+    def cell(x, start, ws, lengths, reverse):
+        (h0,) = start
+        args = (x, h0, ws[0], ws[1], ws[2] + ws[3] if bias else None, lengths, reverse, nonlinearity)
+        y = RULE(*args, backend=OP.pick(RULE, backend, *args))
+        return y, (last(h0, y, lengths, reverse),)
+
+    layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
+    output, (h,) = sequence(OP, cell, 1, ("h_0",), input, hx, weights, layout, lengths)
+    return output, h
+
+
+class RNN(nn.RNN):
+    """`torch.nn.RNN` with the backward above; same parameters, state_dict and arguments, and `lengths`."""
+
+    backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
+
+    def forward(self, input, hx=None, lengths=None):  # type: ignore[override]
+        return rnn(input, hx, weights_of(self), **options_of(self), nonlinearity=self.nonlinearity, lengths=lengths)
+
+
+def reference(input, hx, weights, nonlinearity="tanh", **kwargs):
+    """The same in plain torch, a step at a time."""
+    input, *rest = OP.cast(input, *([] if hx is None else [hx]), *weights)
+    hx, weights = rest[: -len(weights)] or None, rest[-len(weights) :]
+    bias, phi = kwargs.get("bias", True), getattr(torch, nonlinearity)
+
+    def step(x, states, ws):
+        (h,) = states
+        return (phi(F.linear(x, ws[0], ws[2] if bias else None) + F.linear(h, ws[1], ws[3] if bias else None)),)
+
+    y, (h,) = recurrent_reference.plain(step, (weights[0].shape[0],), input, hx, weights, **kwargs)
+    return y, h
+
+
+def peer(input, hx, weights, nonlinearity="tanh"):
+    """Torch's own, for benchmarks."""
+    zeros = input.new_zeros(1, input.shape[1], weights[1].shape[1])
+    run = torch._VF.rnn_tanh if nonlinearity == "tanh" else torch._VF.rnn_relu
+    return run(input, zeros, weights, True, 1, 0.0, True, False, False)
+
+
+def case(draw: Draw) -> Case:
+    args, kwargs = recurrent_reference.case(draw, 1, 1)
+    return Case(args, kwargs | {"nonlinearity": draw.choice(("tanh", "relu"))})
+
+
+def bench(nonlinearity: str) -> Callable[[Draw], Case]:
+    return lambda draw: Case(recurrent_reference.wide(draw, 1, 128, 32, 256), {"nonlinearity": nonlinearity})
+
+
+OP = Op(
+    name="rnn",
+    call=rnn,
+    reference=reference,
+    peer=peer,
+    rules=(RULE,),
+    module=(RNN,),
+    replaces=(nn.RNN,),
+    shapes="input: T B I -> T B H",
+    source="Elman 1990; Werbos 1990",
+    autocast=LOW,
+    case=case,
+    bench={n: bench(n) for n in ("tanh", "relu")},
+)
+OPS = (OP,)
