@@ -54,7 +54,7 @@ def keep_where_nonzero(dy, y):
 
 
 def chain(slope, dy, t):
-    """Dx = dy ∘ f'(t): slope is f' as a function of t, the input or output that is kept."""
+    """dx = dy ∘ f'(t): slope is f' as a function of t, the input or output that is kept."""
     return by_elements(lambda dy, t: (wide(dy) * slope(wide(t))).to(dy.dtype), dy, t)
 
 
@@ -134,7 +134,7 @@ def refuse_leaf(name: str, x: Tensor) -> None:
 
 
 def relu(input: Tensor, inplace: bool = False, *, backend: str = "auto") -> Tensor:
-    """Y = max(x, 0), as `torch.nn.functional.relu`.
+    """y = max(x, 0), as `torch.nn.functional.relu`.
 
     Args:
         input: (*B), floating point.
@@ -161,7 +161,7 @@ def relu(input: Tensor, inplace: bool = False, *, backend: str = "auto") -> Tens
 
 
 def gelu(input: Tensor, approximate: str = "none", *, backend: str = "auto") -> Tensor:
-    """Y = x Φ(x), as `torch.nn.functional.gelu`.
+    """y = x Φ(x), as `torch.nn.functional.gelu`.
 
     Args:
         input: (*B), floating point.
@@ -182,7 +182,7 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: str = "auto") -> 
 
 
 def silu(input: Tensor, inplace: bool = False, *, backend: str = "auto") -> Tensor:
-    """Y = x σ(x), as `torch.nn.functional.silu`.
+    """y = x σ(x), as `torch.nn.functional.silu`.
 
     Args:
         input: (*B), floating point.
@@ -207,13 +207,13 @@ def silu(input: Tensor, inplace: bool = False, *, backend: str = "auto") -> Tens
 
 
 def tanh(input: Tensor, *, backend: str = "auto") -> Tensor:
-    """Y = tanh x, as `torch.nn.functional.tanh`; arguments and errors as `sigmoid`."""
+    """y = tanh x, as `torch.nn.functional.tanh`; arguments and errors as `sigmoid`."""
     TANH_OP.check(input)
     return TANH_RULE(input, backend=TANH_OP.pick(TANH_RULE, backend, input))
 
 
 def sigmoid(input: Tensor, *, backend: str = "auto") -> Tensor:
-    """Y = 1 / (1 + e⁻ˣ), as `torch.nn.functional.sigmoid`.
+    """y = 1 / (1 + e⁻ˣ), as `torch.nn.functional.sigmoid`.
 
     Args:
         input: (*B), floating point.

@@ -10,7 +10,8 @@ Maths     lse = log Σ_c exp x_c,   p = exp(x − lse)
 Letters   l the reduced loss
           N rows, C classes; x logits N C; k class indices N, or q probabilities N C; w class weights C (constants); ε smoothing
           a row whose index is the ignored one has ℓ = 0 and dx = 0
-Numerics  kept for backward: x and lse, not the N C log-probabilities; the mean over nothing is NaN, as in torch
+Numerics  half logits are computed in float32, and lse is float32;
+          kept for backward: x and lse, not the N C log-probabilities; the mean over nothing is NaN, as in torch
 Source    Bridle, "Probabilistic interpretation of feedforward classification network outputs", 1990, eq. 12;
           label smoothing: Szegedy et al., "Rethinking the Inception architecture", 2016, section 7
 """
@@ -25,6 +26,7 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule, unwatched
 from bptoolkit.op import FLOAT32, Op
 from bptoolkit.ops.mse_loss import REDUCTIONS, check_reduction
+from bptoolkit.precision import wide
 from bptoolkit.shapes import check_alike, check_floating
 
 CHUNK = 1 << 18  # elements worked on at a time on the CPU, so that a chunk stays in cache between passes
@@ -38,10 +40,12 @@ def chunks(x: Tensor) -> list[slice]:
 
 def log_sum_exp(x):
     if not unwatched(x) or x.device.type != "cpu" or x.numel() <= CHUNK:
-        return x.logsumexp(-1)  # N
-    lse, work = x.new_empty(x.shape[0]), x.new_empty(max(CHUNK // x.shape[1], 1), x.shape[1])  # N, and a chunk
+        return wide(x).logsumexp(-1)  # N
+    dtype = wide(x[:0]).dtype
+    lse = x.new_empty(x.shape[0], dtype=dtype)  # N
+    work = x.new_empty(max(CHUNK // x.shape[1], 1), x.shape[1], dtype=dtype)  # a chunk
     for rows in chunks(x):
-        y = x[rows]
+        y = wide(x[rows])
         m = y.amax(-1)  # rows
         m.masked_fill_(m.isinf(), 0)
         lse[rows] = torch.sub(y, m[:, None], out=work[: len(y)]).exp_().sum(-1).log_().add_(m)
@@ -56,25 +60,25 @@ def parts(x, k, w, ignore, smoothing):
     """Per row: the index with 0 for an ignored one, whether it counts, its weight, and the factor a of lse."""
     counts = k != ignore  # N
     k = torch.where(counts, k, 0)  # N
-    one = counts.to(x.dtype)  # N; a float times a bool would be float32
-    wk = one if w is None else torch.where(counts, w[k], 0)  # N
+    one = wide(counts.to(x.dtype))  # N; a float times a bool would be float32
+    wk = one if w is None else torch.where(counts, wide(w)[k], 0)  # N
     if smoothing == 0:
         return k, counts, wk, wk
-    total = x.shape[-1] if w is None else w.sum()
+    total = x.shape[-1] if w is None else wide(w).sum()
     return k, counts, wk, (1 - smoothing) * wk + (smoothing / x.shape[-1]) * total * one
 
 
 def forward(x, w, k, ignore, reduction, smoothing):
     k, counts, wk, _ = parts(x, k, w, ignore, smoothing)
     lse = log_sum_exp(x)  # N
-    xk = x.gather(-1, k[:, None])[:, 0]  # N
+    xk = wide(x.gather(-1, k[:, None])[:, 0])  # N
     # the difference lse − x_k first: the product of a weight of 0 with an infinite x_k would be NaN
     l = torch.where(counts, (1 - smoothing) * wk * (lse - xk), 0)  # N
     if smoothing:
-        wx = x.sum(-1) if w is None else x @ w  # N
-        total = x.shape[-1] if w is None else w.sum()
+        wx = x.sum(-1, dtype=lse.dtype) if w is None else wide(x) @ wide(w)  # N
+        total = x.shape[-1] if w is None else wide(w).sum()
         l = l + torch.where(counts, (smoothing / x.shape[-1]) * (total * lse - wx), 0)
-    return reduce(l, wk.sum(), reduction), lse
+    return reduce(l, wk.sum(), reduction).to(x.dtype), lse
 
 
 def backward(dl, dlse, x, w, k, lse, ignore, reduction, smoothing, need):
@@ -82,7 +86,7 @@ def backward(dl, dlse, x, w, k, lse, ignore, reduction, smoothing, need):
         return None, None, None
     k, counts, wk, a = parts(x, k, w, ignore, smoothing)
     N, C = x.shape
-    d = x.new_zeros(N) if dl is None else (dl / wk.sum() if reduction == "mean" else dl).expand(N)  # N: the cotangent of ℓ
+    d = row_cotangents(dl, N, wk.sum() if reduction == "mean" else None, lse)  # N
     d = torch.where(counts, d, 0)
     row = d * a if dlse is None else d * a + dlse  # N: what multiplies p
     hit = -(1 - smoothing) * d * wk  # N: added at the target
@@ -90,41 +94,54 @@ def backward(dl, dlse, x, w, k, lse, ignore, reduction, smoothing, need):
     if unwatched(dl, dlse, x, w, lse) and x.device.type == "cpu":
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)  # N C
         for rows in chunks(x):
-            g = torch.sub(x[rows], lse[rows, None], out=dx[rows]).exp_().mul_(row[rows, None])
+            g = torch.sub(wide(x[rows]), lse[rows, None], out=dx[rows] if x.dtype == lse.dtype else None)
+            g.exp_().mul_(row[rows, None])
             if smoothing:
                 g.add_(flat[rows, None] if w is None else flat[rows, None] * w)
-        return dx.scatter_add_(1, k[:, None], hit[:, None]), None, None
-    p = (x - lse[:, None]).exp()  # N C
+            g.scatter_add_(1, k[rows, None], hit[rows, None])
+            if x.dtype != lse.dtype:
+                dx[rows] = g
+        return dx, None, None
+    p = (wide(x) - lse[:, None]).exp()  # N C
     dx = (row[:, None] * p).scatter_add(1, k[:, None], hit[:, None])  # N C
     if smoothing:
         dx = dx + (flat[:, None] if w is None else flat[:, None] * w)
-    return dx, None, None
+    return dx.to(x.dtype), None, None
+
+
+def row_cotangents(dl, N, W, lse):
+    """The cotangent of each row's ℓ, N: dl itself, or its share."""
+    if dl is None:
+        return torch.zeros_like(lse)
+    dl = dl.to(lse.dtype)
+    return (dl if W is None else dl / W).expand(N)
 
 
 def forward_probabilities(x, q, w, reduction, smoothing):
     lse = log_sum_exp(x)  # N
     wr = weighted(q, w, smoothing)  # N C
-    l = (wr * (lse[:, None] - x)).sum(-1)  # N
-    return reduce(l, x.shape[0], reduction), lse
+    l = (wr * (lse[:, None] - wide(x))).sum(-1)  # N
+    return reduce(l, x.shape[0], reduction).to(x.dtype), lse
 
 
 def weighted(q, w, smoothing):
     """The targets, smoothed and weighted: w ∘ r."""
+    q = wide(q)
     r = (1 - smoothing) * q + smoothing / q.shape[-1] if smoothing else q
-    return r if w is None else w * r  # N C
+    return r if w is None else wide(w) * r  # N C
 
 
 def backward_probabilities(dl, dlse, x, q, w, lse, reduction, smoothing, need):
     N = x.shape[0]
-    d = x.new_zeros(N) if dl is None else (dl / N if reduction == "mean" else dl).expand(N)  # N: the cotangent of ℓ
+    d = row_cotangents(dl, N, N if reduction == "mean" else None, lse)  # N
     dx = dq = None
     if need.x:
         wr = weighted(q, w, smoothing)  # N C
         row = d * wr.sum(-1) if dlse is None else d * wr.sum(-1) + dlse  # N
-        dx = row[:, None] * (x - lse[:, None]).exp() - d[:, None] * wr  # N C
+        dx = (row[:, None] * (wide(x) - lse[:, None]).exp() - d[:, None] * wr).to(x.dtype)  # N C
     if need.q:
-        dq = (1 - smoothing) * d[:, None] * (lse[:, None] - x)  # N C
-        dq = dq if w is None else w * dq
+        dq = (1 - smoothing) * d[:, None] * (lse[:, None] - wide(x))  # N C
+        dq = (dq if w is None else w * dq).to(q.dtype)
     return dx, dq, None
 
 

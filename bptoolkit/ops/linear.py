@@ -38,7 +38,7 @@ RULE = Rule("linear", forward, backward, inputs="x w b", outputs="y", uses={"x":
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Y = x Wᵀ + b, as `torch.nn.functional.linear`.
+    """y = x Wᵀ + b, as `torch.nn.functional.linear`.
 
     Args:
         input: (*B, I), floating point.
