@@ -2,12 +2,15 @@
 
 import copy
 import importlib
+import io
 
 import pytest
 import torch
+from swapping import same, state
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import bptoolkit as bp
@@ -215,6 +218,30 @@ def test_models_compute_the_same(name):
     bp.unswap(ours)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(flat(ours(*inputs)), flat(model(*inputs))))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ZOO)
+def test_copies_and_restoring(name):
+    model, inputs = build(name)
+    model.eval()
+    before, parametrized = state(model), any(map(is_parametrized, model.modules()))
+    bp.swap(model, backend="eager")
+    with torch.no_grad():
+        out = flat(model(*inputs))
+        copies = [copy.deepcopy(model)]
+        if not parametrized:  # torch pickles none of those
+            torch.save(model, file := io.BytesIO())
+            copies.append(torch.load(io.BytesIO(file.getvalue()), weights_only=False))
+        for other in copies:
+            close(flat(other(*inputs)), out)
+            assert list(bp.swap(other).already) == list(bp.swap(model).already) != []
+            bp.unswap(other)
+            close(flat(other(*inputs)), out)
+    bp.unswap(model)
+    if not parametrized:
+        same(before, state(model))
+    assert {n: list(h) for n, (_, h) in state(model).items()} == {n: list(h) for n, (_, h) in before.items()}
 
 
 def flat(out):
