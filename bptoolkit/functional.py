@@ -5,6 +5,8 @@ from bptoolkit.ops.activation import relu as relu
 from bptoolkit.ops.activation import sigmoid as sigmoid
 from bptoolkit.ops.activation import silu as silu
 from bptoolkit.ops.activation import tanh as tanh
-from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.cross_entropy import cross_entropy as cross_entropy
+from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.mse_loss import mse_loss as mse_loss
+from bptoolkit.ops.softmax import log_softmax as log_softmax
+from bptoolkit.ops.softmax import softmax as softmax

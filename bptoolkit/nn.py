@@ -5,6 +5,8 @@ from bptoolkit.ops.activation import ReLU as ReLU
 from bptoolkit.ops.activation import Sigmoid as Sigmoid
 from bptoolkit.ops.activation import SiLU as SiLU
 from bptoolkit.ops.activation import Tanh as Tanh
-from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.mse_loss import MSELoss as MSELoss
+from bptoolkit.ops.softmax import LogSoftmax as LogSoftmax
+from bptoolkit.ops.softmax import Softmax as Softmax

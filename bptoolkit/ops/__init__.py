@@ -9,6 +9,7 @@ from bptoolkit.op import Op
 NAMES = (
     "linear",
     "activation",
+    "softmax",
     "mse_loss",
     "cross_entropy",
     "attention",

@@ -1,0 +1,179 @@
+"""Softmax and log-softmax along one dimension.
+
+Maths     softmax      y_c = e^x_c / Σ_k e^x_k          dx = y ∘ (dy − Σ_c y_c dy_c)
+          log_softmax  y_c = x_c − log Σ_k e^x_k        dx = dy − e^y Σ_c dy_c
+          Both follow from ∂ log Σ_k e^x_k / ∂x_c = e^x_c / Σ_k e^x_k.
+Letters   c, k run over dimension `dim` (C), all others (*B) stand by; dt is the gradient of the loss by t
+Numerics  only the output is kept; half tensors are computed in float32; a row of −∞ alone is NaN, as in torch
+Source    Bridle, "Probabilistic interpretation of feedforward classification network outputs", 1990
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bptoolkit.blocks import by_rows
+from bptoolkit.cases import Case, Draw
+from bptoolkit.function import Rule
+from bptoolkit.op import FLOAT32_CUDA, Op
+from bptoolkit.precision import wide
+
+
+def softmax_forward(x, dim):
+    return torch.softmax(x, dim)
+
+
+def softmax_backward(dy, y, dim):
+    def rule(dy, y, dim):
+        dy_, y_ = wide(dy), wide(y)
+        return (y_ * (dy_ - (y_ * dy_).sum(dim, keepdim=True))).to(dy.dtype)
+
+    return along(rule, dy, y, dim)
+
+
+def log_softmax_forward(x, dim):
+    return torch.log_softmax(x, dim)
+
+
+def log_softmax_backward(dy, y, dim):
+    def rule(dy, y, dim):
+        dy_, y_ = wide(dy), wide(y)
+        return (dy_ - y_.exp() * dy_.sum(dim, keepdim=True)).to(dy.dtype)
+
+    return along(rule, dy, y, dim)
+
+
+def along(rule, dy, y, dim):
+    """rule(dy, y, dim), where what stands before `dim` is rows that may be taken block by block."""
+    d = dim % max(y.dim(), 1)
+    if d == 0:
+        return rule(dy, y, dim)
+    shape = (y.shape[:d].numel(), *y.shape[d:])  # R C *I
+    return by_rows(lambda dy, y: rule(dy, y, 1), dy.reshape(shape), y.reshape(shape)).reshape(y.shape)
+
+
+SOFTMAX_RULE = Rule("softmax", softmax_forward, softmax_backward, inputs="x", outputs="y")
+LOG_SOFTMAX_RULE = Rule("log_softmax", log_softmax_forward, log_softmax_backward, inputs="x", outputs="y")
+
+
+def _prepared(op: Op, x: Tensor, dim: int | None, dtype: torch.dtype | None, stacklevel: int) -> tuple[Tensor, int]:
+    """The input in the dtype asked for, and the dimension; raises for arguments that are not right."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"{op.name}: dtype={dtype} is not of floating point")
+    if dtype is not None and isinstance(x, Tensor):
+        x = x.to(dtype)
+    else:
+        (x,) = op.cast(x)
+    op.check(x)
+    if dim is None:
+        warnings.warn(
+            f"Implicit dimension choice for {op.name} has been deprecated. Change the call to include dim=X as an argument.",
+            stacklevel=stacklevel,
+        )
+        dim = 0 if x.dim() in (0, 1, 3) else 1
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op.name}: dim={dim!r} is not an int")
+    n = max(x.dim(), 1)
+    if not -n <= dim < n:
+        raise ValueError(f"{op.name}: dim={dim} is outside [{-n}, {n - 1}], the range for input of shape {tuple(x.shape)}")
+    return x, dim
+
+
+def softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Y = e^x / Σ e^x along a dimension, as `torch.nn.functional.softmax`.
+
+    Args:
+        input: (*B), floating point; of any dtype if `dtype` is given.
+        dim: the dimension along which the result sums to 1. None is deprecated: 0 for inputs of 0, 1 or 3 dimensions, else 1.
+        dtype: what to cast the input to first.
+        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
+
+    Returns:
+        (*B), of the input's dtype or `dtype`.
+
+    Raises:
+        TypeError: the input or `dtype` is not of floating point, or `dim` is not an int.
+        ValueError: `dim` is out of range, or the named backend cannot run the call.
+    """
+    input, dim = _prepared(SOFTMAX, input, dim, dtype, _stacklevel)
+    return SOFTMAX_RULE(input, dim, backend=SOFTMAX.pick(SOFTMAX_RULE, backend, input, dim))
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Y = x − log Σ e^x along a dimension, as `torch.nn.functional.log_softmax`; arguments and errors as `softmax`."""
+    input, dim = _prepared(LOG_SOFTMAX, input, dim, dtype, _stacklevel)
+    return LOG_SOFTMAX_RULE(input, dim, backend=LOG_SOFTMAX.pick(LOG_SOFTMAX_RULE, backend, input, dim))
+
+
+class Softmax(nn.Softmax):
+    """`torch.nn.Softmax` with the backward above; same arguments."""
+
+    backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
+
+    def forward(self, input: Tensor) -> Tensor:
+        return softmax(input, self.dim, _stacklevel=5, backend=self.backend)
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """`torch.nn.LogSoftmax` with the backward above; same arguments."""
+
+    backend: str = "auto"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return log_softmax(input, self.dim, _stacklevel=5, backend=self.backend)
+
+
+def case(draw: Draw) -> Case:
+    shape = (*draw.batch(), draw.size())
+    return Case((draw.tensor(*shape), draw.choice(range(-len(shape), len(shape)))), {})
+
+
+def bench(draw: Draw) -> Case:
+    return Case((draw.tensor(4096, 1024), -1), {})
+
+
+SOFTMAX = Op(
+    name="softmax",
+    call=softmax,
+    reference=F.softmax,
+    rules=(SOFTMAX_RULE,),
+    module=(Softmax,),
+    replaces=(nn.Softmax,),
+    shapes="input: *B -> *B",
+    source="Bridle 1990",
+    autocast=FLOAT32_CUDA,
+    case=case,
+    bench=bench,
+)
+LOG_SOFTMAX = Op(
+    name="log_softmax",
+    call=log_softmax,
+    reference=F.log_softmax,
+    rules=(LOG_SOFTMAX_RULE,),
+    module=(LogSoftmax,),
+    replaces=(nn.LogSoftmax,),
+    shapes="input: *B -> *B",
+    source="Bridle 1990",
+    autocast=FLOAT32_CUDA,
+    case=case,
+    bench=bench,
+)
+OPS = (SOFTMAX, LOG_SOFTMAX)
