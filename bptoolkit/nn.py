@@ -5,7 +5,11 @@ from bptoolkit.ops.activation import ReLU as ReLU
 from bptoolkit.ops.activation import Sigmoid as Sigmoid
 from bptoolkit.ops.activation import SiLU as SiLU
 from bptoolkit.ops.activation import Tanh as Tanh
+from bptoolkit.ops.conv import Conv1d as Conv1d
+from bptoolkit.ops.conv import Conv2d as Conv2d
+from bptoolkit.ops.conv import Conv3d as Conv3d
 from bptoolkit.ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from bptoolkit.ops.layer_norm import LayerNorm as LayerNorm
 from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.mse_loss import MSELoss as MSELoss
 from bptoolkit.ops.softmax import LogSoftmax as LogSoftmax

@@ -10,10 +10,14 @@ NAMES = (
     "linear",
     "activation",
     "softmax",
+    "conv",
+    "layer_norm",
     "mse_loss",
     "cross_entropy",
     "attention",
     "lstm",
+    "gru",
+    "rnn",
 )
 
 OPS: dict[str, Op] = {op.name: op for name in NAMES for op in import_module(f"bptoolkit.ops.{name}").OPS}
