@@ -10,8 +10,11 @@ from bptoolkit.ops.conv import conv1d as conv1d
 from bptoolkit.ops.conv import conv2d as conv2d
 from bptoolkit.ops.conv import conv3d as conv3d
 from bptoolkit.ops.cross_entropy import cross_entropy as cross_entropy
+from bptoolkit.ops.gru import gru as gru
 from bptoolkit.ops.layer_norm import layer_norm as layer_norm
 from bptoolkit.ops.linear import linear as linear
+from bptoolkit.ops.lstm import lstm as lstm
 from bptoolkit.ops.mse_loss import mse_loss as mse_loss
+from bptoolkit.ops.rnn import rnn as rnn
 from bptoolkit.ops.softmax import log_softmax as log_softmax
 from bptoolkit.ops.softmax import softmax as softmax

@@ -9,8 +9,11 @@ from bptoolkit.ops.conv import Conv1d as Conv1d
 from bptoolkit.ops.conv import Conv2d as Conv2d
 from bptoolkit.ops.conv import Conv3d as Conv3d
 from bptoolkit.ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from bptoolkit.ops.gru import GRU as GRU
 from bptoolkit.ops.layer_norm import LayerNorm as LayerNorm
 from bptoolkit.ops.linear import Linear as Linear
+from bptoolkit.ops.lstm import LSTM as LSTM
 from bptoolkit.ops.mse_loss import MSELoss as MSELoss
+from bptoolkit.ops.rnn import RNN as RNN
 from bptoolkit.ops.softmax import LogSoftmax as LogSoftmax
 from bptoolkit.ops.softmax import Softmax as Softmax
