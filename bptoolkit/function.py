@@ -150,7 +150,7 @@ def in_graph(name: str, backend: str, *args: Any) -> Any:
     """
     rule = _RULES[name]
     if _transforms_active():
-        return rule.function.apply(backend, *args)
+        return rule.function.apply(backend, *whole(args))
     return rule.apply(backend, *[_unwrap(a) if isinstance(a, torch.Tensor) else a for a in args])
 
 
@@ -160,6 +160,15 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     In torch <= 2.13 the Python apply binds `inspect.signature(forward)` on every call, 18 µs; this goes past it.
     """
     return super(torch.autograd.Function, function).apply if _PYTHON_APPLY else function.apply  # type: ignore[misc]
+
+
+class Whole(tuple):
+    """A tuple that pytrees take for one leaf: functorch's vmap of a `jvp` miscounts arguments that are tuples."""
+
+
+def whole(args: Any) -> list[Any]:
+    """The arguments, for functorch."""
+    return [Whole(a) if type(a) is tuple or type(a) is list else a for a in args]
 
 
 def unwrap_dead(args: Any) -> list[Any]:
@@ -302,6 +311,10 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
             out: list[Any] = [None] * len(rule.outputs)
             for k, p in zip(live, pushed):
                 out[k] = p
+            if type(ctx).__name__ == "CtxWithSavedTensors":  # below a vmap, mark_non_differentiable has had no effect
+                for k in constants:
+                    shape, dtype, device = ctx.like[k]
+                    out[k] = torch.zeros(shape, dtype=dtype, device=device) if dtype.is_floating_point else None
             return out[0] if single else tuple(out)
 
     F.__name__ = F.__qualname__ = "".join(w.capitalize() for w in rule.name.split("_")) + "Function"

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bptoolkit.function import _NoAutocast, _transforms_active, plain_apply, primals, refuse_nested_forward_mode, unwrap_dead
+from bptoolkit.function import (
+    _NoAutocast,
+    _transforms_active,
+    plain_apply,
+    primals,
+    refuse_nested_forward_mode,
+    unwrap_dead,
+    whole,
+)
 
 _LIBRARY = torch.library.Library("bptoolkit", "DEF")
 _KEY = "CompositeExplicitAutograd"
@@ -70,7 +78,7 @@ class Opaque:
 
     def _apply(self, function: type[torch.autograd.Function], *args: Any) -> Any:
         if _transforms_active():
-            return function.apply(*args)
+            return function.apply(*whole(args))
         return plain_apply(function)(*unwrap_dead(args))
 
     def run(self, *args: Any) -> Any:

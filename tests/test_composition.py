@@ -127,6 +127,18 @@ def test_jvp_of_some_inputs(name):
 
 
 @each_op
+def test_forward_mode_outside_vmap(name):
+    """Jvp of vmap, where test_jvp_of_some_inputs has vmap of jvp."""
+    c = call_of(name, 2)
+    dims = (0, *[None] * (len(c.tensors) - 1))
+    batch = torch.stack([c.tensors[0], c.tensors[0].cos()])
+    tangents = tuple(torch.randn_like(t) for t in (batch, *c.tensors[1:]))
+    got = jvp(vmap(c.ours, dims), (batch, *c.tensors[1:]), tangents)[1]
+    loop = [jvp(c.ours, (x, *c.tensors[1:]), (v, *tangents[1:]))[1] for x, v in zip(batch, tangents[0])]
+    close(got, tuple(torch.stack(o) for o in zip(*loop)))
+
+
+@each_op
 def test_forward_over_forward_is_refused(name):
     c = call_of(name)
     with pytest.raises(NotImplementedError, match=r"jacfwd\(torch.func.jacrev"):
