@@ -10,7 +10,7 @@ COMMANDS = {
     "verify": ("bptoolkit.verify.cli", "check an op's backward"),
     "bench": ("bptoolkit.bench.cli", "time, memory and error of an op beside torch's"),
     "fit": ("bptoolkit.fit", "train a recipe"),
-    "recipes": ("bptoolkit.recipe_list", "the recipes"),
+    "recipes": ("bptoolkit.recipe", "the recipes"),
     "doctor": ("bptoolkit.doctor", "versions, devices, and what will run where and why"),
 }
 
