@@ -56,13 +56,26 @@ def main(argv: list[str]) -> int:
     if args.markdown is None:
         print(table)
         return 0
-    text = args.markdown.read_text()
-    if BEGIN not in text or END not in text:
-        print(f"bptoolkit ops: {args.markdown} has no marks {BEGIN} and {END}")
+    try:
+        fresh, stale = between(args.markdown, BEGIN, END, table)
+    except ValueError as error:
+        print(f"bptoolkit ops: {error}")
         return 2
-    fresh = text[: text.index(BEGIN) + len(BEGIN)] + "\n\n" + table + "\n\n" + text[text.index(END) :]
     if args.check:
-        print("up to date" if fresh == text else f"stale: run bptoolkit ops --markdown {args.markdown}")
-        return int(fresh != text)
+        print(f"stale: run bptoolkit ops --markdown {args.markdown}" if stale else "up to date")
+        return int(stale)
     args.markdown.write_text(fresh)
     return 0
+
+
+def between(path: Path, begin: str, end: str, text: str) -> tuple[str, bool]:
+    """A file's content with a text put between two marks, and whether that changes it.
+
+    Raises:
+        ValueError: the file has no such marks.
+    """
+    old = path.read_text()
+    if begin not in old or end not in old:
+        raise ValueError(f"{path} has no marks {begin} and {end}")
+    new = old[: old.index(begin) + len(begin)] + "\n\n" + text + "\n\n" + old[old.index(end) :]
+    return new, new != old

@@ -11,7 +11,9 @@ import torch
 
 from bptoolkit.bench import HEADER, RedError, Row, as_dict, bench, overhead
 from bptoolkit.ops import OPS
-from bptoolkit.table import markdown
+from bptoolkit.table import between, markdown
+
+BEGIN, END = "<!-- benchmark: bptoolkit bench --markdown docs/results.md -->", "<!-- end of benchmark -->"
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,6 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing per row (default 4)")
     parser.add_argument("--out", type=Path, help="a folder to write NAME.json and NAME.md to")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between its two marks in FILE as well")
     parser.add_argument("--name", default="bench", help="of the files (default: bench)")
     args = parser.parse_args(argv)
     unknown = [name for name in args.ops if name not in OPS]
@@ -56,6 +59,10 @@ def main(argv: list[str]) -> int:
         (args.out / f"{args.name}.json").write_text(json.dumps(record, indent=1) + "\n")
         head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
         (args.out / f"{args.name}.md").write_text(f"# Benchmark\n\n{head}\n\n{lines}\n\n{note}\n")
+    if args.markdown:
+        facts_line = " · ".join(f"{key} {value}" for key, value in facts.items())
+        fresh, _ = between(args.markdown, BEGIN, END, f"{facts_line}\n\n{lines}\n\n{note}")
+        args.markdown.write_text(fresh)
     return int(bool(red))
 
 
