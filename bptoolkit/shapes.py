@@ -62,7 +62,7 @@ class Shapes:
 
     def _disagree(self, op: str, letter: str, name: str, tensors: Any) -> None:
         """Raise, naming the two arguments in which a letter has two sizes."""
-        found = {}
+        found: dict[str, tuple[int, tuple[int, ...]]] = {}
         for (arg, _, dims), t in zip(self.inputs, tensors):
             if t is not None and letter in dims and (arg == name or not found):
                 found[arg] = t.shape[t.dim() - len(dims) + dims.index(letter)], tuple(t.shape)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import _reduction as _Reduction
 from torch.nn import functional as F
 
 from bptoolkit.cases import Case, Draw
@@ -185,16 +186,17 @@ def cross_entropy(
         TypeError: a target that is neither int64 nor of input's dtype, or tensors of several dtypes.
     """
     if size_average is not None or reduce is not None:
-        reduction = F._Reduction.legacy_get_string(size_average, reduce)
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
     check_reduction("cross_entropy", reduction)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing={label_smoothing} is outside [0, 1]")
     input, target, weight = OP.cast(input, target, weight)
     indices = _check(input, target, weight, ignore_index)
+    kept: tuple[int, ...]
     if input.dim() == 1:
         x, k, kept = input[None], target[None], ()
     elif input.dim() == 2:
-        x, k, kept = input, target, input.shape[:1]
+        x, k, kept = input, target, tuple(input.shape[:1])
     else:  # the classes last, all else as rows
         N, C, D = input.shape[0], input.shape[1], input.shape[2:]
         x, kept = input.movedim(1, -1).reshape(N * D.numel(), C), (N, *D)

@@ -16,6 +16,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.nn import _reduction as _Reduction
 from torch.nn import functional as F
 
 from bptoolkit.cases import Case, Draw
@@ -93,7 +94,7 @@ def mse_loss(
         TypeError: the tensors are not of one floating-point dtype.
     """
     if size_average is not None or reduce is not None:
-        reduction = F._Reduction.legacy_get_string(size_average, reduce)
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
     check_reduction("mse_loss", reduction)
     input, target, weight = OP.cast(input, target, weight)
     OP.check(input, target, weight)
