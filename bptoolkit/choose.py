@@ -26,8 +26,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(state: State) -> Choice:
-    """Choose the rules for a call.
+def choose(state: State, op: str = "") -> Choice:
+    """Choose the rules for a call. `op` is named in the errors.
 
     "auto" may fall back to the eager rule; "eager" and "triton" by name run or raise with the reason. A backward with grad
     mode on is always eager: it is the rule that can be differentiated again.
@@ -36,7 +36,7 @@ def choose(state: State) -> Choice:
         ValueError: the backend is not known, or was asked for by name and cannot run.
     """
     if state.backend not in BACKENDS:
-        raise ValueError(f"backend={state.backend!r} is not known; choose from {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"{op}: backend={state.backend!r} is not known; choose from {', '.join(map(repr, BACKENDS))}")
     if state.backend == "eager":
         return Choice("eager", "asked for by name")
     if state.phase == "backward" and state.kernel and (state.grad_mode or state.transforms):
@@ -52,5 +52,5 @@ def choose(state: State) -> Choice:
     else:
         return Choice("triton", "asked for by name" if state.backend == "triton" else "a fused kernel takes this call")
     if state.backend == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {obstacle}")
+        raise ValueError(f"{op}: backend='triton' cannot run here: {obstacle}")
     return Choice("eager", obstacle)

@@ -14,7 +14,7 @@ Only the letters that `backward` names are saved, and of those only what the nee
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import sys
 from collections import namedtuple
@@ -38,7 +38,7 @@ class Rule:
     """One differentiable function, stated by its forward and its backward.
 
     Args:
-        name: the rule's name, unique in the process; the name of its kernel file, if it has one.
+        name: the rule's name, unique in the process.
         forward: `forward(*inputs, *options)` -> one tensor, or a tuple with one tensor per output.
         backward: takes by name whatever it uses of `d<output>` (the cotangents), inputs, outputs, options and `need`, and
             returns one gradient (or None) per input. `need.x` says whether the gradient of `x` is wanted. With several
@@ -49,7 +49,8 @@ class Rule:
         uses: input letter -> the saved letters its gradient uses; what no needed gradient uses is not saved. An input that
             is left out uses everything.
         constants: outputs without a derivative (masks, indices).
-        kernel: the module under `bptoolkit.triton_kernels` that has the same two rules, fused; or None.
+        kernel: imports and returns the module under `bptoolkit.triton_kernels` that has the same two rules, fused; or None.
+            (A function with the import written out, which Dynamo can follow; the first call that uses it imports Triton.)
 
     Example:
         >>> square = Rule("doc_square", lambda x: x * x, lambda dy, x: 2 * x * dy, inputs="x", outputs="y")
@@ -67,7 +68,7 @@ class Rule:
         outputs: str,
         uses: Mapping[str, str] | None = None,
         constants: str = "",
-        kernel: str | None = None,
+        kernel: Callable[[], Any] | None = None,
     ) -> None:
         self.name, self.forward, self.backward, self.kernel = name, forward, backward, kernel
         self.inputs, self.outputs, self.constants = (
@@ -120,10 +121,6 @@ class Rule:
             at = [letters.index(s) if s in used else len(letters) for s in self.saved]
             found = self._by_need[need] = self.Need(*need), _picker(at)
         return found
-
-    def load_kernel(self) -> Any:
-        """The kernel module of this rule; imports Triton."""
-        return importlib.import_module(f"bptoolkit.triton_kernels.{self.kernel}")
 
     def __call__(self, *args: Any, backend: str = "eager") -> Any:
         """Run the rule on its inputs and options, all positional.
@@ -182,8 +179,14 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
         return False
     if _transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    legacy = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
-    return all(t is None or (type(t) in (torch.Tensor, torch.nn.Parameter) and not legacy(t)) for t in tensors)
+    return all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors) and not _legacy_batched(tensors)
+
+
+def _legacy_batched(args: Any) -> bool:
+    """Whether autograd.grad(is_grads_batched=True) batches any of them; it does so by torch's older vmap."""
+    if torch.compiler.is_compiling():  # compiled autograd traces backward, and Dynamo does not know the question below
+        return False
+    return any(isinstance(t, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(t) for t in args)
 
 
 def refuse_nested_forward_mode(name: str) -> None:
@@ -239,11 +242,13 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
 
     nothing = (None,) * len(rule.options)  # the gradients of the options
 
-    def kernel_of(backend: str, phase: str) -> Any:
+    def kernel_of(backend: str, phase: str, cotangents: tuple[Any, ...] = ()) -> Any:
         """The module or rule whose forward or backward runs, where the forward's backend is not the eager one."""
-        differentiated = phase == "backward" and torch.is_grad_enabled()
-        state = State("auto", phase, True, True, phase == "backward" and _transforms_active(), differentiated, None)
-        return rule.load_kernel() if choose(state).rule == backend else rule
+        assert rule.kernel is not None
+        backward = phase == "backward"
+        watched = backward and (_transforms_active() or _legacy_batched(cotangents))
+        state = State("auto", phase, True, True, watched, backward and torch.is_grad_enabled(), None)
+        return rule.kernel() if choose(state).rule == backend else rule
 
     class F(torch.autograd.Function):
         generate_vmap_rule = True
@@ -282,7 +287,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
             backend, options = ctx.call
             need, _ = rule.needed(ctx.needs_input_grad[1 : n + 1])
             args = rule.arrange((*cotangents, *ctx.saved_tensors, *options, need))
-            run = (rule if backend == "eager" else kernel_of(backend, "backward")).backward
+            run = (rule if backend == "eager" else kernel_of(backend, "backward", cotangents)).backward
             if _autocast():
                 with _NoAutocast():
                     grads = run(*args)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from bptoolkit import kernels
 from bptoolkit.cases import Case, Draw, from_shapes
-from bptoolkit.choose import BACKENDS, State, choose
+from bptoolkit.choose import State, choose
 from bptoolkit.function import Rule
 from bptoolkit.shapes import Shapes
 
@@ -96,20 +97,10 @@ class Op:
         Raises:
             ValueError: the backend is not known, or was asked for by name and cannot run.
         """
-        if rule.kernel is None and (backend == "auto" or backend == "eager"):
-            return "eager"
-        if backend not in BACKENDS:
-            raise ValueError(f"{self.name}: backend={backend!r} is not known; choose from {', '.join(map(repr, BACKENDS))}")
-        on_device, unsupported = False, None
-        if rule.kernel is not None and backend != "eager":
-            from bptoolkit.kernels import runs_on
-
-            on_device = all(runs_on(t.device.type) for t in args if isinstance(t, Tensor))
-            if on_device:
-                unsupported = rule.load_kernel().unsupported(*args)
+        if backend == "eager" or (backend == "auto" and (rule.kernel is None or not kernels.runs_on(args[0].device.type))):
+            return "eager"  # as choose() says; most calls end here
+        on_device = rule.kernel is not None and all(kernels.runs_on(t.device.type) for t in args if isinstance(t, Tensor))
+        unsupported = kernels.unsupported(rule, *args) if on_device else None
         watched = _transforms_active() or forward_ad._current_level >= 0
         state = State(backend, "forward", rule.kernel is not None, on_device, watched, False, unsupported)
-        try:
-            return choose(state).rule
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
+        return choose(state, self.name).rule

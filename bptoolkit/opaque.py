@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bptoolkit.function import (
+    _legacy_batched,
     _NoAutocast,
     _transforms_active,
     plain_apply,
@@ -173,12 +174,6 @@ class Opaque:
         else:
             out = per_sample(call, info.batch_size, flat_dims, flat)
         return list(out), [0] * len(out)
-
-
-def _legacy_batched(args: Sequence[Any]) -> bool:
-    if torch.compiler.is_compiling():  # compiled autograd traces backward, and Dynamo does not know the question below
-        return False
-    return any(isinstance(t, Tensor) and torch._C._functorch.is_legacy_batchedtensor(t) for t in args)
 
 
 def front(t: Any, dim: int | None, batch: int) -> Any:

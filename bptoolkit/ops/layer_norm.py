@@ -98,6 +98,12 @@ def in_blocks(dy, x, w, b, m, r, D, need, block=BLOCK):
     return dx.reshape(shape), dw, db
 
 
+def kernel():
+    from bptoolkit.triton_kernels import layer_norm
+
+    return layer_norm
+
+
 RULE = Rule(
     "layer_norm",
     forward,
@@ -105,6 +111,7 @@ RULE = Rule(
     inputs="x w b",
     outputs="y m r",
     uses={"x": "x w m r", "w": "x w m r", "b": "b"},
+    kernel=kernel,
 )
 
 

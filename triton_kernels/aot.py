@@ -1,0 +1,150 @@
+"""Compile the kernels ahead of time, for parts that need not be there, and read off what they use.
+
+Shared memory limits are only enforced at a launch, and registers that spill cost time and say nothing: this gate says it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bptoolkit.triton_kernels
+
+
+class Target(NamedTuple):
+    """A part: how Triton names it, threads in a warp, bytes of shared memory for one program."""
+
+    backend: str
+    arch: Any
+    warp: int
+    shared: int
+
+
+TARGETS: Mapping[str, Target] = {
+    "sm_80": Target("cuda", 80, 32, 166912),
+    "sm_90": Target("cuda", 90, 32, 232448),
+    "sm_100": Target("cuda", 100, 32, 232448),
+    "gfx942": Target("hip", "gfx942", 64, 65536),
+}
+
+
+class Spec(NamedTuple):
+    """One compilation of a kernel.
+
+    Attributes:
+        label: what it is, for tables.
+        kernel: the `triton.jit` function.
+        types: argument -> its type ("*bf16", "i32", "fp32"); an argument that is left out is a constant.
+        constants: argument -> its value; None for a pointer that is not given, 1 for the stride of dense rows.
+        aligned: the arguments that 16 divides, which is what lets loads be 16 bytes wide.
+        warps: the number of warps.
+        dot: the kernel has a matrix product, which must come out as a tensor-core instruction.
+    """
+
+    label: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned: tuple[str, ...]
+    warps: int
+    dot: bool = False
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel uses."""
+
+    registers: int
+    spilled: int  # bytes of stack, or registers on AMD
+    shared: int  # bytes
+    wide_loads: int  # loads of 16 bytes
+    tensor_core: int  # matrix instructions
+
+
+_INSTRUCTIONS = {
+    "cuda": (
+        r"ld\.global\S*\.v4\.[bfu]32|ld\.global\S*\.v2\.[bfu]64|cp\.async\S*\s.*0x10",
+        r"mma\.sync|wgmma\.mma|tcgen05\.mma",
+    ),
+    "hip": (r"(?:buffer|global)_load_dwordx4", r"v_mfma"),
+}
+
+
+def modules() -> list[Any]:
+    """The kernels' modules: those that have `specs`."""
+    names = [m.name for m in pkgutil.iter_modules(bptoolkit.triton_kernels.__path__)]
+    found = [importlib.import_module(f"bptoolkit.triton_kernels.{name}") for name in names]
+    return [m for m in found if hasattr(m, "specs")]
+
+
+def compile_for(spec: Spec, target: Target) -> Usage:
+    """Compile a kernel for a part, no part needed.
+
+    Raises:
+        triton.CompilationError and others: it does not compile.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = spec.kernel.arg_names
+    compiled = triton.compile(
+        ASTSource(
+            fn=spec.kernel,
+            signature={name: spec.types.get(name, "constexpr") for name in names},
+            constexprs={name: spec.constants[name] for name in names if name not in spec.types},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
+        ),
+        target=GPUTarget(target.backend, target.arch, target.warp),
+        options={"num_warps": spec.warps, "enable_fp_fusion": True},
+    )
+    text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    wide, matrix = (len(re.findall(pattern, text)) for pattern in _INSTRUCTIONS[target.backend])
+    registers, spilled = _nvidia(compiled.asm["cubin"]) if target.backend == "cuda" else _amd(text)
+    return Usage(registers, spilled, compiled.metadata.shared, wide, matrix)
+
+
+def problems(spec: Spec, target: Target, usage: Usage) -> list[str]:
+    """What is wrong with a compiled kernel; nothing if it may ship."""
+    found = []
+    if usage.spilled:
+        found.append(f"registers spill ({usage.spilled})")
+    if usage.shared > target.shared:
+        found.append(f"{usage.shared} bytes of shared memory, {target.shared} at most")
+    if not usage.wide_loads:
+        found.append("no load is 16 bytes wide")
+    if spec.dot and not usage.tensor_core:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack, by Triton's own cuobjdump; spilled registers live on the stack."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout + out.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {out.stdout}{out.stderr}")
+    return int(found[1]), int(found[2])
+
+
+def _amd(text: str) -> tuple[int, int]:
+    """Vector registers and how many of any kind spill."""
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"the assembly does not say .{name}")
+        return int(found[1])
+
+    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
