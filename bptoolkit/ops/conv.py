@@ -142,7 +142,7 @@ def _convolve(
     tail = tuple(r % s for r, s in zip(spare, stride))
     args = (x, weight, bias, stride, padding, dilation, tail, groups)
     y = RULE(*args, backend=op.pick(RULE, backend, *args))
-    return y if x is input or input.dim() == n + 2 else y.squeeze(0)
+    return y if input.dim() == n + 2 else y.squeeze(0)
 
 
 def _named_padding(op: str, x: Tensor, K: Any, stride: Any, padding: str, dilation: Any) -> tuple[Tensor, tuple[int, ...]]:

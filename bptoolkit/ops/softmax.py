@@ -52,8 +52,10 @@ def along(rule, dy, y, dim):
     d = dim % max(y.dim(), 1)
     if d == 0:
         return rule(dy, y, dim)
-    shape = (y.shape[:d].numel(), *y.shape[d:])  # R C *I
-    return by_rows(lambda dy, y: rule(dy, y, 1), dy.reshape(shape), y.reshape(shape)).reshape(y.shape)
+    if d == 1:
+        return by_rows(lambda dy, y: rule(dy, y, 1), dy, y)
+    rows = (y.shape[:d].numel(), *y.shape[d:])  # R C *I
+    return by_rows(lambda dy, y: rule(dy, y, 1), dy.reshape(rows), y.reshape(rows)).reshape(y.shape)
 
 
 SOFTMAX_RULE = Rule("softmax", softmax_forward, softmax_backward, inputs="x", outputs="y")
