@@ -46,10 +46,12 @@ def test_gradient_of_a_masked_logit_is_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_saturated_rows_in_half_precision(name, dtype):
     """Where one probability is almost 1 the gradient is a difference of near equals; it is as good as torch's."""
+    torch.manual_seed(0)
     x = (torch.randn(64, 33, dtype=torch.float64) * 6).to(dtype)
     ours, theirs = (run(fn, x, -1)[1] for fn in PAIRS[name])
     truth = run(PAIRS[name][1], x.double(), -1, cotangent=dtype)[1]
-    assert (ours - truth).abs().max() <= 1.5 * (theirs - truth).abs().max()
+    rounding = 8 * torch.finfo(torch.float32).eps * truth.abs().max()  # of the steps in between, in every dtype
+    assert (ours - truth).abs().max() <= (theirs - truth).abs().max() + rounding
 
 
 @each
