@@ -58,7 +58,8 @@ class Draw:
 
     def batch(self, most: int = 2) -> tuple[int, ...]:
         """Leading dimensions: between none and `most` of them, small."""
-        return tuple(self.random.choice([s for s in self.sizes if s <= 5]) for _ in range(self.random.randint(0, most)))
+        small = [s for s in self.sizes if s <= 5] or list(self.sizes)
+        return tuple(self.random.choice(small) for _ in range(self.random.randint(0, most)))
 
     def choice(self, options: Sequence[Any]) -> Any:
         """One of the options."""

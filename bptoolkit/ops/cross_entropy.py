@@ -18,6 +18,8 @@ Source    Bridle, "Probabilistic interpretation of feedforward classification ne
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import _reduction as _Reduction
@@ -199,8 +201,8 @@ def cross_entropy(
         x, k, kept = input, target, tuple(input.shape[:1])
     else:  # the classes last, all else as rows
         N, C, D = input.shape[0], input.shape[1], input.shape[2:]
-        x, kept = input.movedim(1, -1).reshape(N * D.numel(), C), (N, *D)
-        k = target.reshape(-1) if indices else target.movedim(1, -1).reshape(N * D.numel(), C)
+        x, kept = input.movedim(1, -1).reshape(N * prod(D), C), (N, *D)
+        k = target.reshape(-1) if indices else target.movedim(1, -1).reshape(N * prod(D), C)
     w = None if weight is None else weight.detach()
     if indices:
         l = RULE(x, w, k, ignore_index, reduction, float(label_smoothing), backend=OP.pick(RULE, backend, x, w))[0]

@@ -9,6 +9,8 @@ Source    Rumelhart, Hinton & Williams, "Learning internal representations by er
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +33,7 @@ def backward(dy, x, w, need):
 
 def rows(t):
     """All leading dimensions as one, N; not reshape(-1, I), which is ambiguous when I is 0."""
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(prod(t.shape[:-1]), t.shape[-1])  # Size.numel() would fix dynamic sizes
 
 
 RULE = Rule("linear", forward, backward, inputs="x w b", outputs="y", uses={"x": "w", "w": "x", "b": ""})

@@ -11,6 +11,7 @@ Source    Bridle, "Probabilistic interpretation of feedforward classification ne
 from __future__ import annotations
 
 import warnings
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def along(rule, dy, y, dim):
         return rule(dy, y, dim)
     if d == 1:
         return by_rows(lambda dy, y: rule(dy, y, 1), dy, y)
-    rows = (y.shape[:d].numel(), *y.shape[d:])  # R C *I
+    rows = (prod(y.shape[:d]), *y.shape[d:])  # R C *I
     return by_rows(lambda dy, y: rule(dy, y, 1), dy.reshape(rows), y.reshape(rows)).reshape(y.shape)
 
 

@@ -1,0 +1,56 @@
+"""Under dynamic=True one compiled graph serves every batch size and length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import NAMES, floats, random_like
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_flatten
+
+from bptoolkit import OPS
+
+
+def r(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+def recurrent(gates):
+    weights = [r(gates * 6, 11), r(gates * 6, 6), r(gates * 6), r(gates * 6)]
+    return lambda n, s: (r(n, 20 + s, 11), None, weights)
+
+
+CALLS = {  # (length, what is added to the batch) -> arguments; every size differs from the others, or duck shaping guards it
+    "linear": lambda n, s: (r(20 + s, n, 3), r(5, 3), r(5)),
+    "conv1d": lambda n, s: (r(20 + s, 3, n), r(5, 3, 2)),
+    "conv2d": lambda n, s: (r(20 + s, 3, n, n + 40), r(5, 3, 2, 4)),
+    "conv3d": lambda n, s: (r(20 + s, 3, n, n + 40, 19), r(5, 3, 2, 4, 6)),
+    "layer_norm": lambda n, s: (r(20 + s, n, 6), (6,), r(6), r(6)),
+    "softmax": lambda n, s: (r(20 + s, n), -1),
+    "log_softmax": lambda n, s: (r(20 + s, n), -1),
+    "mse_loss": lambda n, s: (r(20 + s, n), r(20 + s, n)),
+    "cross_entropy": lambda n, s: (r(20 + s, 7, n), torch.zeros(20 + s, n, dtype=torch.int64)),
+    "scaled_dot_product_attention": lambda n, s: (r(20 + s, 3, n, 4), r(20 + s, 3, n + 40, 4), r(20 + s, 3, n + 40, 6)),
+    "lstm": recurrent(4),
+    "gru": recurrent(3),
+    "rnn": recurrent(1),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_sizes_and_lengths_do_not_recompile(name):
+    if name == "multi_head_attention_forward":
+        pytest.skip("a composition of linear and scaled_dot_product_attention, which are tested here")
+    make, op = CALLS.get(name, lambda n, s: (r(20 + s, n),)), OPS[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *args: op.call(*args), fullgraph=True, dynamic=True, backend=counter)
+    frames = []  # the first call may be traced twice, where Dynamo makes a float argument a constant
+    for n, s in ((8, 1), (9, 1), (12, 4), (30, 7)):
+        args = make(n, s)
+        out = floats(compiled(*args))
+        torch.testing.assert_close(out, floats(op.call(*args)), rtol=1e-4, atol=1e-5)
+        leaves = [t for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor) and t.requires_grad]
+        torch.autograd.grad(out, leaves, random_like(out), allow_unused=True)
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 4, f"{name}: compiled again for another size: {frames}"
