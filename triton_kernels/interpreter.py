@@ -41,20 +41,28 @@ def interpret() -> Iterator[None]:
 def launch(launcher: Callable[..., Any], *args: Any) -> Any:
     """launcher(*args), in which every launch of a kernel is interpreted."""
     import triton
+    from triton import knobs
     from triton.runtime.jit import JITFunction
 
+    core = triton.language.core
     modules = [m for name, m in list(sys.modules.items()) if name.startswith(("triton.language", __package__ + "."))]
-    names = [(vars(m), name, f) for m in modules for name, f in list(vars(m).items()) if isinstance(f, JITFunction)]
-    before = triton.knobs.runtime.interpret
+    classes = [core.tensor, core.tensor_descriptor_base, core.dtype, core.condition]
+    # The interpreter patches all of these. It restores what a kernel patched, but not what a function in a kernel did.
+    before = [(space, dict(vars(space))) for space in (*modules, *classes)]
+    interpreting = knobs.runtime.interpret
     try:
-        triton.knobs.runtime.interpret = True
-        for space, name, f in names:
-            space[name] = _interpreted(f.fn)
+        knobs.runtime.interpret = True
+        for module in modules:
+            for name, f in list(vars(module).items()):
+                if isinstance(f, JITFunction):
+                    setattr(module, name, _interpreted(f.fn))
         return launcher(*args)
     finally:
-        triton.knobs.runtime.interpret = before
-        for space, name, f in names:
-            space[name] = f
+        knobs.runtime.interpret = interpreting
+        for space, names in before:
+            for name, value in names.items():
+                if vars(space).get(name) is not value:
+                    setattr(space, name, value)
 
 
 @cache
