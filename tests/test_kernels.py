@@ -113,11 +113,13 @@ def test_sizes(device, filled, M, N):
 
 
 @each_dtype
-@pytest.mark.parametrize("parameters", [None, torch.float32], ids=["same", "float32"])
+@pytest.mark.parametrize("parameters", ["same", "float32", "none"])
 @pytest.mark.parametrize("M, N", [(33, 65), (5, 1024)])
 def test_dtypes(device, filled, dtype, parameters, M, N):
-    w, b = (normal(N, dtype=parameters or dtype, device=device, seed=k) for k in (4, 5))
-    both_rules(normal(M, N, dtype=dtype, device=device) + 2, w, b, 1)
+    """Without parameters too: beside float32 ones a half tensor that is not upcast on loading would be so by promotion."""
+    w, b = (normal(N, dtype=DTYPES.get(parameters, dtype), device=device, seed=k) for k in (4, 5))
+    w, b = (None, None) if parameters == "none" else (w, b)
+    both_rules(normal(M, N, dtype=dtype, device=device) + 2, w, b, 1, need=(True, w is not None, b is not None))
 
 
 @pytest.mark.parametrize("lead, shape", [((), (5,)), ((2, 3), (4, 5)), ((7,), (1, 3, 1)), ((), (2, 3))], ids=str)
