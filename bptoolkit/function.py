@@ -215,7 +215,8 @@ def _primal(t: torch.Tensor) -> torch.Tensor:
         level = functorch.maybe_get_level(t)
         value, dim = functorch._unwrap_batched(t, level)
         return functorch._add_batch_dim(_primal(value), dim, level)  # type: ignore[arg-type]
-    return forward_ad.unpack_dual(t).primal
+    # not forward_ad.unpack_dual, which goes by a Python counter that a compiled jvp does not set; 0 is the only level there is
+    return torch._VF._unpack_dual(t, level=0)[0]  # type: ignore[attr-defined]
 
 
 class _NoAutocast:

@@ -99,7 +99,7 @@ def _no_gates(pre: Tensor) -> Tensor:
 
 
 def loop_fake(pre, h0, wh, bh, lengths, reverse, keep):
-    *lead, H = *pre.shape[:-1], h0.shape[-1]
+    lead, H = pre.shape[:-1], h0.shape[-1]
     return pre.new_empty(*lead, H), pre.new_empty(*lead, 4 * H) if keep else _no_gates(pre)
 
 
@@ -122,17 +122,17 @@ def bptt(
     slope = None
     if dg is not None:
         dr, dz, dq, dn = dg.chunk(4, -1)
-        slope = dn * (1 - n * n), dr * r * (1 - r), dz * z * (1 - z), dq
+        slope = dn * (1 - n * n), torch.cat([dr * r * (1 - r), dz * z * (1 - z), dq], -1)
     dh, das = torch.zeros_like(h0), [g] * T  # *V B H
     for t in order(T, reverse)[::-1]:
         dht = dh if dy is None else dh + dy.select(-3, t)
         rt, zt, knt, kzt, krt = (k.select(-3, t) for k in (r, z, kn, kz, kr))
         an = dht * knt if slope is None else dht * knt + slope[0].select(-3, t)
-        parts = an, an * krt, dht * kzt, an * rt
+        rzq = torch.cat([an * krt, dht * kzt, an * rt], -1)  # *V B 3H
         if slope is not None:
-            parts = an, *(p + s.select(-3, t) for p, s in zip(parts[1:], slope[1:]))
-        das[t] = torch.cat(parts, -1)  # *V B 4H
-        dh = carry(keeps[t], dht * zt + torch.cat(parts[1:], -1) @ wh, dh)
+            rzq = rzq + slope[1].select(-3, t)
+        das[t] = torch.cat([an, rzq], -1)  # *V B 4H
+        dh = carry(keeps[t], dht * zt + rzq @ wh, dh)
     return torch.stack(das, -3), dh
 
 
@@ -286,7 +286,7 @@ def gru(
         return y, (last(h0, y, lengths, reverse),)
 
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
-    output, (h,) = sequence(OP, cell, 3, ("h_0",), input, hx, weights, layout, lengths)
+    output, (h,) = sequence(OP, cell, 3, ("h_0",), input, hx, weights, layout, lengths, keep_state=True)
     return output, h
 
 

@@ -121,7 +121,7 @@ def bptt(
     lengths: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients da, dh0 and dc0 from the cotangents of y, c and the gates. Past a row's length g and c are zero, and so is da."""
+    """The gradients da, dh0 and dc0 from the cotangents of y, c and the gates; past a row's length all are zero."""
     T = g.shape[-3]
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
     i, f, n, o = g.chunk(4, -1)
@@ -324,7 +324,12 @@ def lstm(
         return y, (last(h0, y, lengths, reverse), last(c0, c, lengths, reverse))
 
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0, proj_size)
-    output, (h, c) = sequence(OP, cell, 4, ("h_0", "c_0"), input, hx, weights, layout, lengths)
+    packed = isinstance(input, PackedSequence)
+    output, (h, c) = sequence(
+        OP, cell, 4, ("h_0", "c_0"), input, hx, weights, layout, lengths, keep_state=packed and not proj_size
+    )
+    if proj_size and c.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # torch's keeps the cell's dtype there
+        c = c.to(hx[1].dtype if hx is not None else input.data.dtype)
     return output, (h, c)
 
 

@@ -152,6 +152,7 @@ def sequence(
     weights: Sequence[Tensor],
     layout: Layout,
     lengths: Tensor | None,
+    keep_state: bool = False,
 ) -> tuple[Any, tuple[Tensor, ...]]:
     """All layers and directions of a recurrent op, with everything torch's modules take.
 
@@ -162,6 +163,7 @@ def sequence(
         states: the names of its states.
         input, hx, weights, lengths: the arguments of the public function.
         layout: its options.
+        keep_state: under autocast on the CPU, work in the dtype of the states; see `cast`.
 
     Returns:
         The output and the last states.
@@ -169,8 +171,8 @@ def sequence(
     hx = check_hx(op.name, hx, states)
     check_weights(op.name, weights, layout)
     packed = input if isinstance(input, PackedSequence) else None
-    x = input if packed is None else packed.data
-    x, hx, weights = cast(op, x, hx, weights, packed is not None)
+    x: Any = input if packed is None else packed.data
+    x, hx, weights = cast(op, x, hx, weights, keep_state)
     if packed is not None:
         if lengths is not None:
             raise ValueError(f"{op.name}: a PackedSequence has its lengths in it; leave lengths out")
@@ -213,7 +215,7 @@ def sequence(
     return x.transpose(0, 1) if batch_first else x, last_states
 
 
-def cast(op: Op, x: Tensor, hx: Any, weights: Sequence[Tensor], packed: bool) -> tuple[Tensor, Any, Sequence[Tensor]]:
+def cast(op: Op, x: Tensor, hx: Any, weights: Sequence[Tensor], keep_state: bool) -> tuple[Tensor, Any, Sequence[Tensor]]:
     """The casts of autocast, once for the whole sequence.
 
     On the CPU torch's gru and its packed lstm multiply in the low dtype but keep the dtype of their states; here everything
@@ -222,7 +224,7 @@ def cast(op: Op, x: Tensor, hx: Any, weights: Sequence[Tensor], packed: bool) ->
     if not torch._C._is_any_autocast_enabled() or not isinstance(x, Tensor):
         return x, hx, weights
     tensors = (x, *(hx or ()), *weights)
-    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and ("cpu" not in op.autocast or packed):
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and keep_state:
         dtype = x.dtype if hx is None else hx[0].dtype
         tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
     else:
@@ -314,9 +316,9 @@ def check(op: str, x: Tensor, hx: Any, weights: Sequence[Tensor], gates: int, st
     for name, h, n in zip(states, hx or (), (P, H)):
         check_floating(op, name, h)
         check_alike(op, "input", x, name, h)
-        wanted = (L * D, n) if x.dim() == 2 else (L * D, x.shape[batch], n)
-        if tuple(h.shape) != wanted:
-            raise ValueError(f"{op}: {name} has shape {tuple(h.shape)}; with input {tuple(x.shape)} it needs {wanted}")
+        expected = (L * D, n) if x.dim() == 2 else (L * D, x.shape[batch], n)
+        if tuple(h.shape) != expected:
+            raise ValueError(f"{op}: {name} has shape {tuple(h.shape)}; with input {tuple(x.shape)} it needs {expected}")
 
 
 def check_lengths(op: str, lengths: Any, x: Tensor, batched: bool) -> Tensor:
@@ -342,5 +344,7 @@ def weights_of(module: torch.nn.RNNBase) -> list[Tensor]:
 
 def options_of(module: torch.nn.RNNBase) -> dict[str, Any]:
     """A module's attributes as the options of its function."""
-    names = ("num_layers", "bidirectional", "batch_first", "bias", "dropout", "training", "backend")
-    return {name: getattr(module, name) for name in names}
+    names = ("num_layers", "bidirectional", "batch_first", "bias", "training", "backend")
+    # under dynamic=True a float read from a module costs a second compilation, so it is read where it matters only
+    dropout = module.dropout if module.training and module.num_layers > 1 else 0.0
+    return {"dropout": dropout, **{name: getattr(module, name) for name in names}}
