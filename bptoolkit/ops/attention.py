@@ -269,7 +269,7 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # 0 and not 0.0, which Dynamo would make a symbol and compile for twice
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -303,12 +303,13 @@ def scaled_dot_product_attention(
     """
     q, k, v, m = OP.cast(query, key, value, attn_mask)
     OP.check(q, k, v)
-    _check(q, k, m, dropout_p, is_causal)
+    p = 0.0 if dropout_p == 0 else float(dropout_p)
+    _check(q, k, m, p, is_causal)
     q, k, v, m, groups = _lay_out(q, k, v, m, enable_gqa)
     # int64 on the CPU: reading it back is no synchronisation
-    seed = torch.randint(0, 1 << 62, (), dtype=torch.int64, device="cpu") if dropout_p > 0 else None
-    picked = OP.pick(RULE, backend, q, k, v, m, None, is_causal, scale, dropout_p)
-    o = RULE(q, k, v, m, seed, is_causal, scale, float(dropout_p), backend=picked)[0]
+    seed = torch.randint(0, 1 << 62, (), dtype=torch.int64, device="cpu") if p > 0 else None
+    picked = OP.pick(RULE, backend, q, k, v, m, None, is_causal, scale, p)
+    o = RULE(q, k, v, m, seed, is_causal, scale, p, backend=picked)[0]
     return o.flatten(-4, -3) if groups else o
 
 

@@ -1,0 +1,466 @@
+"""What is special to attention: tiles, masks, dropout, orders of derivatives, memory, and what torch accepts and refuses."""
+
+from __future__ import annotations
+
+import functools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacrev, vmap
+
+import bptoolkit as bp
+from bptoolkit.ops import attention, attention_blocks
+from bptoolkit.ops.attention import RULE, reference
+
+sdpa = bp.functional.scaled_dot_product_attention
+close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
+DOUBLE = torch.float64
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 3 rows, 2 columns and 2 samples, so that small tensors take many, with a rest everywhere."""
+    monkeypatch.setattr(attention_blocks, "tile_size", lambda L, S, causal, device: (min(L, 3), min(S, 2)))
+    monkeypatch.setattr(attention_blocks, "tile_samples", lambda rows, columns, device: 2)
+
+
+def qkv(*batch, L=5, S=7, E=4, Ev=3, seed=0, dtype=DOUBLE):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((*batch, L, E), (*batch, S, E), (*batch, S, Ev))
+    return tuple(torch.randn(s, generator=generator, dtype=DOUBLE).to(dtype).requires_grad_() for s in shapes)
+
+
+def gradients(fn, xs, seed=1):
+    out = fn(*xs)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).to(out.dtype)
+    return out.detach(), torch.autograd.grad(out, xs, g, allow_unused=True)
+
+
+MASKS = {
+    "none": lambda: {},
+    "causal": lambda: {"is_causal": True},
+    "boolean": lambda: {"attn_mask": torch.rand(5, 7, generator=torch.Generator().manual_seed(5)) > 0.4},
+    "padding": lambda: {"attn_mask": torch.arange(7) < torch.tensor([7, 4]).view(2, 1, 1, 1)},
+    "heads": lambda: {"attn_mask": torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(5)) > 0.4},
+    "every": lambda: {"attn_mask": torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(5)) > 0.4},
+    "additive": lambda: {"attn_mask": torch.randn(2, 1, 5, 7, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))},
+    "row": lambda: {"attn_mask": torch.randn(7, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))},
+    "column": lambda: {"attn_mask": torch.randn(3, 5, 1, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))},
+}
+
+
+def with_mask(fn, kwargs):
+    """The function of q, k, v and, if it is additive, the mask; and the mask as a further input."""
+    m = kwargs.get("attn_mask")
+    if m is None or m.dtype == torch.bool:
+        return lambda q, k, v: fn(q, k, v, **kwargs), ()
+    return lambda q, k, v, m: fn(q, k, v, **{**kwargs, "attn_mask": m}), (m.clone().requires_grad_(),)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_tiles_equal_the_reference(small_tiles, kind):
+    ours, mask = with_mask(sdpa, MASKS[kind]())
+    theirs, _ = with_mask(reference, MASKS[kind]())
+    xs = (*qkv(2, 3), *mask)
+    close(gradients(ours, xs), gradients(theirs, xs))
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "every", "additive", "column"])
+def test_every_order_with_cotangents_into_lse(small_tiles, kind):
+    """The rule itself: lse is an output with a derivative of its own."""
+    kwargs = MASKS[kind]()
+    m, causal = kwargs.get("attn_mask"), kind == "causal"
+    m = None if m is None else m[(None,) * (4 - m.dim())]
+    mask = (m.requires_grad_(),) if m is not None and m.dtype == DOUBLE else ()
+
+    def f(q, k, v, *mask):
+        return RULE(q, k, v, *(mask or (m,)), None, causal, None, 0.0)[:2]
+
+    xs = (*qkv(3, L=4, S=5, E=2, Ev=1), *mask) if m is None else (*qkv(2, 3), *mask)
+    fast = {"fast_mode": m is not None}
+    assert gradcheck(f, xs, check_forward_ad=True, check_batched_grad=m is None, check_batched_forward_grad=m is None, **fast)
+    assert gradgradcheck(f, xs, check_fwd_over_rev=True, check_rev_over_rev=True, **fast)
+    q, k, *_ = xs
+    s = reference(q, k, torch.eye(k.shape[-2], dtype=DOUBLE).expand(*k.shape[:-1], -1), **kwargs)  # P itself
+    lse = f(*xs)[1]
+    scores = q @ k.mT * q.shape[-1] ** -0.5 + (m if mask else 0)
+    visible = s > 0
+    close((scores - lse.unsqueeze(-1)).exp()[visible], s[visible])
+
+
+@pytest.mark.parametrize("kind", ["none", "additive"])
+def test_hessians(small_tiles, kind):
+    """Forward over reverse, reverse over reverse, reverse over forward, and batches of them."""
+    ours, mask = with_mask(sdpa, MASKS[kind]())
+    theirs, _ = with_mask(reference, MASKS[kind]())
+    xs = tuple(t.detach() for t in (*qkv(2, 3, E=2, Ev=1), *mask))
+    for k in (0, 1, 2, 3)[: len(xs)]:
+
+        def at(fn, k=k):
+            return lambda t: fn(*xs[:k], t, *xs[k + 1 :]).sin().square().sum()
+
+        want = jacrev(jacrev(at(theirs)))(xs[k])
+        close(hessian(at(ours))(xs[k]), want)
+        close(jacrev(jacrev(at(ours)))(xs[k]), want)
+    batch = torch.stack([xs[0], xs[0].cos()])
+    got = vmap(hessian(lambda q: ours(q, *xs[1:]).sin().sum()))(batch)
+    close(got, torch.stack([hessian(lambda q: theirs(q, *xs[1:]).sin().sum())(b) for b in batch]))
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_only_one_input_needs_a_gradient(small_tiles, which):
+    """What is computed and saved then is less; first and second order stay right."""
+    m = MASKS["additive"]()["attn_mask"]
+    xs = [t.detach() for t in (*qkv(2, 3), m)]
+    xs[which].requires_grad_()
+    others = qkv(2, 3, seed=9)
+
+    def second(fn):
+        out = fn(xs[0], xs[1], xs[2], xs[3])
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE).requires_grad_()
+        (g,) = torch.autograd.grad(out, xs[which], dout, create_graph=True)
+        weights = torch.randn(g.shape, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
+        return g, *torch.autograd.grad((g.sin() * weights).sum(), (dout, xs[which]), allow_unused=True, materialize_grads=True)
+
+    close(second(sdpa), second(reference))
+    del others
+
+
+def test_what_is_saved():
+    """q, k, v, o and two numbers per row; without v's letters if only v needs a gradient; never P."""
+
+    def saved(*need):
+        q, k, v = (t.detach().requires_grad_(n) for t, n in zip(qkv(2, 3, L=40, S=50), need))
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+            out = sdpa(q, k, v)
+        assert out.requires_grad
+        return sum(kept.values())
+
+    q, k, v = (t.numel() for t in qkv(2, 3, L=40, S=50))
+    o, row = 2 * 3 * 40 * 3, 2 * 3 * 40
+    assert saved(True, True, True) == q + k + v + o + 2 * row
+    assert saved(False, False, True) == q + k + 2 * row
+
+
+def test_rows_that_see_nothing():
+    """0 with gradients 0, in every order, as in torch; both kinds of mask."""
+    keep = torch.ones(5, 7, dtype=torch.bool)
+    keep[1] = keep[4] = False
+    for mask in (keep, torch.zeros(5, 7, dtype=DOUBLE).masked_fill(~keep, -math.inf).requires_grad_()):
+        xs = qkv(2, 3)
+        out = sdpa(*xs, mask)
+        assert (out[..., 1, :] == 0).all() and (out[..., 4, :] == 0).all()
+        close(gradients(lambda *t, m=mask: sdpa(*t, m), xs), gradients(lambda *t, m=mask: reference(*t, m), xs))
+        first = torch.autograd.grad(out.sin().sum(), xs, create_graph=True)
+        for g in torch.autograd.grad(sum(t.square().sum() for t in first), xs):
+            assert g.isfinite().all()
+        if mask.requires_grad:
+            (dm,) = torch.autograd.grad(sdpa(*xs, mask).sin().sum(), mask)
+            assert (dm[1] == 0).all() and dm.isfinite().all() and dm[0].abs().sum() > 0
+        assert vmap(lambda q, x=xs, m=mask: sdpa(q, x[1][0], x[2][0], m))(xs[0])[..., 1, :].abs().sum() == 0
+
+
+def test_a_row_masked_by_the_lowest_number():
+    """The probabilities are uniform there, also in the backward, where lse alone has lost log l."""
+    mask = torch.zeros(5, 7)
+    mask[1] = torch.finfo(torch.float32).min
+    xs = qkv(1, 2, dtype=torch.float32)
+    ours, theirs = (gradients(lambda *t, f=fn: f(*t, mask), xs) for fn in (sdpa, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (0, 0)])
+@pytest.mark.parametrize("E, Ev", [(0, 2), (2, 0), (1, 1)])
+@pytest.mark.parametrize("kind", ["none", "causal", "additive"])
+def test_empty_sizes(shape, E, Ev, kind):
+    L, S = shape
+    xs = qkv(2, L=L, S=S, E=E, Ev=Ev)
+    kwargs = {"none": {}, "causal": {"is_causal": True}, "additive": {"attn_mask": torch.ones(L, S, dtype=DOUBLE)}}[kind]
+    ours, theirs = (gradients(lambda *t, f=fn: f(*t, **kwargs), xs) for fn in (sdpa, reference))
+    close(ours[0], theirs[0])
+    for a, b, x in zip(ours[1], theirs[1], xs):
+        close(torch.zeros_like(x) if a is None else a, torch.zeros_like(x) if b is None else b)
+    first = torch.autograd.grad(sdpa(*xs, **kwargs).sin().sum(), xs, create_graph=True)
+    assert all(g.shape == x.shape for g, x in zip(first, xs))
+    torch.autograd.grad(sum(g.square().sum() for g in first), xs, allow_unused=True)
+
+
+def test_no_batch_at_all():
+    xs = qkv(0, 2)
+    assert sdpa(*xs).shape == (0, 2, 5, 3)
+    torch.autograd.grad(sdpa(*xs).sum(), xs)
+    close(gradients(sdpa, qkv()), gradients(reference, qkv()))
+
+
+@pytest.mark.parametrize("shapes", [((2, 1), (1, 3), (3,)), ((), (2,), (2,)), ((4, 1), (4, 1), (4, 3))])
+def test_batch_dimensions_are_broadcast(shapes):
+    xs = tuple(qkv(*s)[k] for k, s in enumerate(shapes))
+    close(gradients(sdpa, xs), gradients(reference, xs))
+
+
+@pytest.mark.parametrize("mask", [None, (1, 5, 7), (6, 5, 7), (2, 1, 1, 7)])
+def test_grouped_queries(small_tiles, mask):
+    q, (k, v) = qkv(2, 6)[0], qkv(2, 3)[1:]
+    m = () if mask is None else (torch.randn(mask, dtype=DOUBLE).requires_grad_(),)
+    xs = (q, k, v, *m)
+    ours = gradients(lambda *t: sdpa(*t, enable_gqa=True), xs)
+    close(ours, gradients(lambda *t: reference(*t, enable_gqa=True), xs))
+    one = (q, k, qkv(2, 2)[2])  # key and value need not have as many heads as each other
+    close(gradients(lambda *t: sdpa(*t, enable_gqa=True), one), gradients(lambda *t: reference(*t, enable_gqa=True), one))
+
+
+# Dropout -------------------------------------------------------------------------------------------------------------------
+
+
+def keep_of(q, k, p, causal=False):
+    """The factor that the call after this one will use: the draw is repeated."""
+    state = torch.get_rng_state()
+    seed = torch.randint(0, 1 << 62, (), dtype=torch.int64)
+    torch.set_rng_state(state)
+    return attention.KEEP(q.detach(), k.detach(), seed, causal, p)
+
+
+def dropped(z, causal=False):
+    def fn(q, k, v, m=None):
+        s = q @ k.mT * q.shape[-1] ** -0.5 + (0 if m is None else m)
+        if causal:
+            s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+        return (s.softmax(-1) * z) @ v
+
+    return fn
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_in_every_order(small_tiles, causal):
+    """Against plain torch with the same mask, which is made again in each pass."""
+    p, m = 0.3, () if causal else (torch.randn(5, 7, dtype=DOUBLE).requires_grad_(),)
+    xs = (*qkv(2, 3), *m)
+    torch.manual_seed(3)
+    z = keep_of(*xs[:2], p, causal)
+    assert set(z.unique().tolist()) == {0.0, 1 / (1 - p)}
+
+    def orders(fn):
+        torch.manual_seed(3)
+        out = fn(*xs)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE).requires_grad_()
+        first = torch.autograd.grad(out, xs, dout, create_graph=True)
+        scalar = sum((g.sin() * torch.arange(g.numel()).reshape(g.shape).cos()).sum() for g in first)
+        second = torch.autograd.grad(scalar, (dout, *xs), create_graph=True)
+        third = torch.autograd.grad(sum(g.sin().sum() for g in second), (dout, *xs))
+        return out, *first, *second, *third
+
+    def ours(*t):
+        return sdpa(*t, dropout_p=p, is_causal=causal)
+
+    close(orders(ours), orders(dropped(z, causal)))
+    torch.manual_seed(3)
+    tangents = tuple(t.detach().cos() for t in xs)
+    _, got = torch.func.jvp(ours, tuple(t.detach() for t in xs), tangents)
+    close(got, torch.func.jvp(dropped(z, causal), tuple(t.detach() for t in xs), tangents)[1])
+
+
+def test_dropout_share_and_scale():
+    q, k, _ = qkv(2, 4, L=150, S=600, dtype=torch.float32)
+    v = torch.ones(2, 4, 600, 1)
+    torch.manual_seed(0)
+    z = keep_of(q, k, 0.25)
+    assert abs(float((z == 0).double().mean()) - 0.25) < 0.003
+    rows = (z == 0).double()
+    assert abs(float((rows[0, 0] * rows[0, 1]).mean()) - 0.0625) < 0.003  # heads are independent
+    assert abs(float((rows[..., :128, :] * rows[..., 1:129, :]).mean()) - 0.0625) < 0.003
+    assert abs(float(sdpa(q, k, v, dropout_p=0.25).mean()) - 1) < 0.01
+    assert (sdpa(q, k, v, dropout_p=1.0) == 0).all()
+    assert not torch.equal(sdpa(q, k, v, dropout_p=0.5), sdpa(q, k, v, dropout_p=0.5))
+    torch.manual_seed(1)
+    one = sdpa(q, k, v, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(one, sdpa(q, k, v, dropout_p=0.5))
+
+
+def test_dropout_is_replayed_by_checkpoint():
+    xs = qkv(2, 3)
+    fn = functools.partial(sdpa, dropout_p=0.4)
+    torch.manual_seed(2)
+    want = gradients(fn, xs)
+    torch.manual_seed(2)
+    out = torch.utils.checkpoint.checkpoint(fn, *xs, use_reentrant=False)
+    torch.rand(5)
+    close(out, want[0])
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+    close(torch.autograd.grad(out, xs, g), want[1])
+
+
+def test_dropout_under_vmap(small_tiles):
+    """randomness="same" gives every sample one mask, "different" its own; jacrev replays the forward's."""
+    q, k, v = (t.detach() for t in qkv(3))
+    batch = torch.stack([q, q, q])
+
+    def f(q):
+        return sdpa(q, k, v, dropout_p=0.5)
+
+    same = vmap(f, randomness="same")(batch)
+    assert torch.equal(same[0], same[1])
+    different = vmap(f, randomness="different")(batch)
+    assert not torch.equal(different[0], different[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(f)(batch)
+    torch.manual_seed(4)
+    z = keep_of(q, k, 0.5)
+    torch.manual_seed(4)
+    close(jacrev(f)(q), jacrev(lambda q: dropped(z)(q, k, v))(q))
+    torch.manual_seed(4)
+    per_sample = vmap(grad(lambda q: f(q).sin().sum()), randomness="same")(batch)
+    close(per_sample[1], grad(lambda q: dropped(z)(q, k, v).sin().sum())(q))
+
+
+def test_dropout_compiles():
+    torch._dynamo.reset()
+    xs = qkv(2, 3, dtype=torch.float32)
+    fn = torch.compile(functools.partial(sdpa, dropout_p=0.5), fullgraph=True, backend="inductor")
+    out, grads = gradients(fn, xs)
+    v = xs[2]
+    (pull,) = torch.autograd.grad((fn(*xs[:2], torch.zeros_like(v) + v) * 0).sum(), v)
+    assert out.isfinite().all() and all(g.isfinite().all() for g in grads) and (pull == 0).all()
+    assert not torch.equal(fn(*xs), fn(*xs))
+
+
+# Compilers, dtypes, memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "mask"])
+def test_one_compilation_for_all_lengths(kind):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def f(q, k, v, m):
+        return sdpa(q, k, v, m, is_causal=kind == "causal").sin()
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter, dynamic=True)
+    for B, L, S in ((6, 5, 7), (9, 11, 8), (10, 130, 140)):  # no two alike: Dynamo takes equal sizes for the same size
+        xs = qkv(B, 2, L=L, S=S, dtype=torch.float32)
+        m = torch.rand(L, S) > 0.3 if kind == "mask" else None
+        torch.testing.assert_close(gradients(lambda *t, m=m: compiled(*t, m), xs), gradients(lambda *t, m=m: f(*t, m), xs))
+    assert counter.frame_count == 1
+
+
+def test_the_graph_has_one_node_per_pass():
+    graphs = []
+    compiler = aot_autograd(fw_compiler=lambda g, _: graphs.append(g.code) or g)
+    torch._dynamo.reset()
+    xs = qkv(2, 3, L=600, S=600, dtype=torch.float32)
+    torch.compile(sdpa, fullgraph=True, backend=compiler)(*xs).sum().backward()
+    forward, backward = graphs
+    assert forward.count("torch.ops.bptoolkit") == backward.count("torch.ops.bptoolkit") == 1
+    assert "bmm" not in forward + backward and "exp" not in (forward + backward).replace("expand", "")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float32, 2e-6)])
+def test_dtypes(dtype, tolerance):
+    """The scores are float32 for half inputs: the error is that of rounding inputs and outputs."""
+    xs = qkv(2, 3, L=40, S=50, E=16, Ev=8, dtype=dtype)
+    wide = tuple(t.detach().double().requires_grad_() for t in xs)
+    got, want = gradients(sdpa, xs), gradients(reference, wide)
+    for g, w in zip((got[0], *got[1]), (want[0], *want[1])):
+        assert g.dtype == dtype
+        assert (g.double() - w).abs().max() <= tolerance * w.abs().max().clamp_min(1)
+    mask = torch.randn(50, dtype=torch.float32, requires_grad=True)  # torch takes float32 masks with half queries
+    out = sdpa(*xs, mask)
+    assert out.dtype == dtype and torch.autograd.grad(out.float().sin().sum(), mask)[0].dtype == torch.float32
+
+
+def test_autocast_casts_the_mask_too():
+    xs, mask = qkv(2, 3, dtype=torch.float32), torch.randn(5, 7, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = sdpa(*xs, mask), F.scaled_dot_product_attention(*xs, mask)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    assert torch.autograd.grad(ours.float().sum(), mask)[0].dtype == torch.float32
+
+
+MEMORY = """
+import torch, bptoolkit as bp
+torch.set_num_threads(1)
+def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
+def now(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+def hvp(L):
+    q, k, v = (torch.randn(1, 2, L, 16, requires_grad=True) for _ in range(3))
+    loss = bp.functional.scaled_dot_product_attention(q, k, v, {options}).square().sum()
+    grads = torch.autograd.grad(loss, (q, k, v), create_graph=True)
+    return torch.autograd.grad(grads, (q, k, v), [torch.randn_like(g) for g in grads])
+def jvp(L):
+    x = tuple(torch.randn(1, 2, L, 16) for _ in range(3))
+    return torch.func.jvp(lambda *t: bp.functional.scaled_dot_product_attention(*t, {options}), x, x)[1]
+def fwd_over_rev(L):
+    x = tuple(torch.randn(1, 2, L, 16) for _ in range(3))
+    f = torch.func.grad(lambda *t: bp.functional.scaled_dot_product_attention(*t, {options}).square().sum(), (0, 1, 2))
+    return torch.func.jvp(f, x, x)[1]
+sizes = {hvp: 4096, **({jvp: 4096, fwd_over_rev: 4096} if {all} else {})}
+for f in sizes: f(64)
+before = now()
+for f, L in sizes.items():
+    f(L)
+    print(f.__name__, peak() - before)
+"""
+
+
+@pytest.mark.parametrize("options", ["", "is_causal=True", "dropout_p=0.1"])
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_the_second_order_is_linear(options):
+    """A Hessian-vector product at L = 4096 adds less than 150 MB; with whole matrices it adds 1.5 GB."""
+    code = MEMORY.replace("{options}", options).replace("{all}", str(not options))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0, out.stderr
+    added = dict(line.split() for line in out.stdout.splitlines())
+    assert "hvp" in added and all(float(mb) < 150 for mb in added.values()), added
+
+
+# Errors --------------------------------------------------------------------------------------------------------------------
+
+t = torch.zeros
+ERRORS = {
+    "rank": (lambda: sdpa(t(5), t(4, 5), t(4, 5)), ValueError, r"query has shape \(5,\)"),
+    "features": (lambda: sdpa(t(3, 5), t(4, 6), t(4, 6)), ValueError, r"E is 5 in query \(3, 5\) but 6 in key"),
+    "keys": (lambda: sdpa(t(3, 5), t(4, 5), t(6, 5)), ValueError, r"S is 4 in key \(4, 5\) but 6 in value"),
+    "batch": (lambda: sdpa(t(2, 3, 5), t(3, 4, 5), t(3, 4, 5)), ValueError, r"cannot be broadcast.*\(2, 3, 5\)"),
+    "integers": (lambda: sdpa(t(3, 5).long(), t(4, 5), t(4, 5)), TypeError, "query is torch.int64"),
+    "mixed": (lambda: sdpa(t(3, 5), t(4, 5).double(), t(4, 5)), TypeError, "key is torch.float64 but query is torch.float32"),
+    "devices": (lambda: sdpa(t(3, 5), t(4, 5, device="meta"), t(4, 5)), ValueError, "key is on meta"),
+    "heads": (
+        lambda: sdpa(t(6, 3, 5), t(4, 4, 5), t(4, 4, 5), enable_gqa=True),
+        ValueError,
+        "6 heads of query are no multiple of the 4 of key",
+    ),
+    "no heads": (lambda: sdpa(t(3, 5), t(1, 4, 5), t(1, 4, 5), enable_gqa=True), ValueError, "heads in dimension -3"),
+    "mask shape": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), t(3, 3)), ValueError, r"attn_mask is \(3, 3\).*\(3, 4\)"),
+    "mask rank": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), t(2, 3, 4)), ValueError, r"attn_mask is \(2, 3, 4\)"),
+    "mask dtype": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), t(3, 4).long()), TypeError, "attn_mask is torch.int64"),
+    "mask wide": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), t(3, 4).double()), TypeError, "attn_mask is torch.float64"),
+    "mask device": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), t(3, 4, device="meta")), ValueError, "attn_mask is on meta"),
+    "mask type": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), [1]), TypeError, "attn_mask must be a tensor"),
+    "mask and causal": (
+        lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), t(3, 4), is_causal=True),
+        ValueError,
+        "attn_mask and is_causal=True",
+    ),
+    "dropout": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), dropout_p=1.5), ValueError, "dropout_p=1.5"),
+    "negative dropout": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), dropout_p=-0.1), ValueError, "dropout_p=-0.1"),
+    "backend": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), backend="cuda"), ValueError, "backend='cuda' is not known"),
+    "no kernel": (lambda: sdpa(t(3, 5), t(4, 5), t(4, 5), backend="triton"), ValueError, "no fused kernel"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=message) as caught:
+        call()
+    assert str(caught.value).startswith("scaled_dot_product_attention: ")
