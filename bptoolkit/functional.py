@@ -15,6 +15,7 @@ from bptoolkit.ops.layer_norm import layer_norm as layer_norm
 from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.lstm import lstm as lstm
 from bptoolkit.ops.mse_loss import mse_loss as mse_loss
+from bptoolkit.ops.multihead_attention import multi_head_attention_forward as multi_head_attention_forward
 from bptoolkit.ops.rnn import rnn as rnn
 from bptoolkit.ops.softmax import log_softmax as log_softmax
 from bptoolkit.ops.softmax import softmax as softmax

@@ -14,6 +14,7 @@ from bptoolkit.ops.layer_norm import LayerNorm as LayerNorm
 from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.lstm import LSTM as LSTM
 from bptoolkit.ops.mse_loss import MSELoss as MSELoss
+from bptoolkit.ops.multihead_attention import MultiheadAttention as MultiheadAttention
 from bptoolkit.ops.rnn import RNN as RNN
 from bptoolkit.ops.softmax import LogSoftmax as LogSoftmax
 from bptoolkit.ops.softmax import Softmax as Softmax

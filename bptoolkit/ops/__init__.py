@@ -15,6 +15,7 @@ NAMES = (
     "mse_loss",
     "cross_entropy",
     "attention",
+    "multihead_attention",
     "lstm",
     "gru",
     "rnn",
