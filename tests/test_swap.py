@@ -159,7 +159,10 @@ def test_backend_is_an_attribute_of_the_instance(monkeypatch):
 
 
 def test_backend_triton_leaves_ops_without_a_kernel():
-    assert "no fused kernel" in bp.swap(nn.Linear(2, 2), backend="triton").left[""]
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    report = bp.swap(model, backend="triton")
+    assert list(report.swapped) == ["1"] and model[1].backend == "triton"
+    assert "no fused kernel" in report.left["0"]
 
 
 @pytest.mark.parametrize(

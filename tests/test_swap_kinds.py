@@ -182,11 +182,29 @@ def layer(**kwargs):
     return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **kwargs)
 
 
-def test_the_output_projection_of_attention_is_part_of_it():
-    model = nn.MultiheadAttention(8, 2)
+def test_attention_is_swapped_as_a_whole(ran):
+    model, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(3, 5, 8)
+    y, before = model(x, x, x), state(model)
     report = bp.swap(model)
-    assert "part of MultiheadAttention" in report.left["out_proj"]
+    assert list(report.swapped) == [""] and "part of MultiheadAttention" in report.left["out_proj"]
     assert type(model.out_proj) is NonDynamicallyQuantizableLinear
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model(x, x, x), y)) and ran.count("linear") >= 2
+    bp.unswap(model)
+    same(before, state(model))
+    assert "part of MultiheadAttention" in bp.swap(model, exclude="*").left["out_proj"]
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight"])
+def test_attention_with_a_parametrized_weight(name, ran):
+    model, x = nn.MultiheadAttention(8, 2), torch.randn(3, 5, 8)
+    owner, _, weight = name.rpartition(".")
+    parametrizations.weight_norm(model.get_submodule(owner), weight)
+    y = model(x, x, x)[0]
+    bp.swap(model)
+    assert torch.allclose(model(x, x, x)[0], y, atol=1e-6) and ran
+    bp.unswap(model)
+    P.remove_parametrizations(model.get_submodule(owner), weight)
+    assert type(model) is nn.MultiheadAttention and type(model.out_proj) is NonDynamicallyQuantizableLinear
 
 
 class CallsOutProj(nn.MultiheadAttention):
@@ -216,7 +234,8 @@ def test_inference_runs_the_swapped_modules(cls, activation, ran):
     with torch.no_grad():
         y = model(x)
         report = bp.swap(model)
-        assert torch.allclose(model(x), y, atol=1e-6) and ran.count("linear") >= 2
+        assert torch.allclose(model(x), y, atol=1e-6)
+    assert {"linear", "layer_norm", "attention"} <= set(ran)
     assert "fast path off" in report.adjusted[""]
     assert "fast path is off" in bp.swap(model).left[""]
     del ran[:]
