@@ -7,38 +7,42 @@ what is differentiated, batched and traced elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bptoolkit.function import unwatched
 
-BLOCK = 1 << 18  # elements: a few tensors of this size fit the cache, and two threads share one
+BLOCK = 1 << 19  # elements: a few tensors of this size fit the cache, and threads have enough to share
 
 
-def by_rows(formula: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """formula(*tensors), for tensors of one shape and a formula whose k-th row needs the tensors' k-th rows alone.
+def by_rows(formula: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
+    """formula(first, *others), for a formula whose k-th row needs the tensors' k-th rows alone.
 
-    The result has the last tensor's layout and the first one's dtype.
+    The result has the first tensor's layout if it has its shape.
     """
-    if not (unwatched(*tensors) and _worth(tensors)):
-        return formula(*tensors)
-    out = torch.empty_like(tensors[-1], dtype=tensors[0].dtype)
-    n = max(BLOCK * len(out) // out.numel(), 1)
-    for block, *parts in zip(out.split(n), *(t.split(n) for t in tensors)):
-        block.copy_(formula(*parts))
+    if not (unwatched(first, *others) and _worth(first)):
+        return formula(first, *others)
+    n, out = max(BLOCK * len(first) // first.numel(), 1), None
+    for k in range(0, len(first), n):
+        part = formula(first[k : k + n], *(t if t is None else t[k : k + n] for t in others))
+        if out is None and part.dim() == first.dim():
+            out = torch.empty_like(first, dtype=part.dtype)
+        elif out is None:
+            out = part.new_empty(len(first), *part.shape[1:])
+        out[k : k + n] = part
+    assert out is not None
     return out
 
 
-def by_elements(formula: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def by_elements(formula: Callable[..., Tensor], first: Tensor, *others: Tensor) -> Tensor:
     """The same for a formula whose every element needs the tensors' same element alone."""
-    if not (unwatched(*tensors) and _worth(tensors)):
-        return formula(*tensors)
-    if not all(t.is_contiguous() for t in tensors):
-        return by_rows(formula, *tensors)
-    return by_rows(formula, *(t.view(-1) for t in tensors)).view(tensors[0].shape)
+    if not (unwatched(first, *others) and _worth(first)):
+        return formula(first, *others)
+    if not all(t.is_contiguous() for t in (first, *others)):
+        return by_rows(formula, first, *others)
+    return by_rows(formula, first.view(-1), *(t.view(-1) for t in others)).view(first.shape)
 
 
-def _worth(tensors: Any) -> bool:
-    return tensors[0].device.type == "cpu" and tensors[0].numel() > BLOCK
+def _worth(t: Tensor) -> bool:
+    return t.device.type == "cpu" and t.numel() > BLOCK

@@ -55,7 +55,7 @@ def keep_where_nonzero(dy, y):
 
 def chain(slope, dy, t):
     """dx = dy ∘ f'(t): slope is f' as a function of t, the input or output that is kept."""
-    return by_elements(lambda dy, t: (wide(dy) * slope(wide(t))).to(dy.dtype), dy, t)
+    return by_elements(lambda t, dy: (wide(dy) * slope(wide(t))).to(dy.dtype), t, dy)
 
 
 def tanh_forward(x):

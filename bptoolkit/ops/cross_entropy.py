@@ -1,156 +1,149 @@
 """Cross entropy of logits, against class indices or class probabilities.
 
-Maths     lse = log Σ_c exp x_c,   p = exp(x − lse)
-          indices        ℓ = a lse − (1 − ε) w_k x_k − (ε/C) Σ_c w_c x_c,       a = (1 − ε) w_k + (ε/C) Σ_c w_c
-                         dx_c = dℓ (a p_c − (1 − ε) w_c [c = k] − (ε/C) w_c)
-          probabilities  ℓ = Σ_c w_c r_c (lse − x_c),   r = (1 − ε) q + ε/C,    a = Σ_c w_c r_c
-                         dx_c = dℓ (a p_c − w_c r_c),   dq_c = dℓ (1 − ε) w_c (lse − x_c)
-          lse is an output of the rule too, with a cotangent of its own: dx_c += dlse p_c
-          sum: dℓ_n = dl.   mean: dℓ_n = dl / W,  W = Σ_n w_{k_n} over what is not ignored (indices), or N (probabilities)
-Letters   l the reduced loss
-          N rows, C classes; x logits N C; k class indices N, or q probabilities N C; w class weights C (constants); ε smoothing
-          a row whose index is the ignored one has ℓ = 0 and dx = 0
-Numerics  half logits are computed in float32, and lse is float32;
-          kept for backward: x and lse, not the N C log-probabilities; the mean over nothing is NaN, as in torch
+Maths     ℓ = − Σ_c r_c log p_c,  p = softmax(x),  r the target in shares of weighted classes:
+          probabilities  r_c = w_c ((1 − ε) q_c + ε/C)
+          indices        r_c = w_c ((1 − ε) [c = k] + ε/C); where the index is the ignored one, r = 0
+
+          dx_c = dℓ (p_c Σ_c r_c − r_c),  dq_c = − dℓ w_c (1 − ε) log p_c,  dw_c = − Σ_n dℓ_n (r_nc / w_c) log p_nc
+          The sum has dℓ_n = dl. The mean l = Σ_n ℓ_n / W has dℓ_n = dl / W, W = N for probabilities; for indices it is
+          W = Σ_n w_{k_n} over what is not ignored, whence dw_c also has − dl (l / W) Σ_n [c = k_n].
+Letters   l the reduced loss; n runs over N samples and the positions *D of each, c over C classes
+          x logits N C *D; k class indices N *D, or q probabilities N C *D; w class weights C; ε smoothing
+Numerics  half tensors are computed in float32; the N C log-probabilities are not kept, x is; the mean over nothing is NaN,
+          as in torch
 Source    Bridle, "Probabilistic interpretation of feedforward classification network outputs", 1990, eq. 12;
           label smoothing: Szegedy et al., "Rethinking the Inception architecture", 2016, section 7
 """
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor, nn
 from torch.nn import _reduction as _Reduction
 from torch.nn import functional as F
 
+from bptoolkit.blocks import by_rows
 from bptoolkit.cases import Case, Draw
-from bptoolkit.function import Rule, unwatched
+from bptoolkit.function import Rule
 from bptoolkit.op import FLOAT32, Op
 from bptoolkit.ops.mse_loss import REDUCTIONS, check_reduction
 from bptoolkit.precision import wide
 from bptoolkit.shapes import check_alike, check_floating
-
-CHUNK = 1 << 18  # elements worked on at a time on the CPU, so that a chunk stays in cache between passes
-
-
-def chunks(x: Tensor) -> list[slice]:
-    """Slices of the rows of x, of about CHUNK elements each."""
-    step = max(CHUNK // max(x.shape[1], 1), 1)
-    return [slice(i, i + step) for i in range(0, x.shape[0], step)]
-
-
-def log_sum_exp(x):
-    if not unwatched(x) or x.device.type != "cpu" or x.numel() <= CHUNK:
-        return wide(x).logsumexp(-1)  # N
-    dtype = wide(x[:0]).dtype
-    lse = x.new_empty(x.shape[0], dtype=dtype)  # N
-    work = x.new_empty(max(CHUNK // x.shape[1], 1), x.shape[1], dtype=dtype)  # a chunk
-    for rows in chunks(x):
-        y = wide(x[rows])
-        m = y.amax(-1)  # rows
-        m.masked_fill_(m.isinf(), 0)
-        lse[rows] = torch.sub(y, m[:, None], out=work[: len(y)]).exp_().sum(-1).log_().add_(m)
-    return lse
 
 
 def reduce(l, W, reduction):
     return l if reduction == "none" else l.sum() if reduction == "sum" else l.sum() / W
 
 
-def parts(x, k, w, ignore, smoothing):
-    """Per row: the index with 0 for an ignored one, whether it counts, its weight, and the factor a of lse."""
-    counts = k != ignore  # N
-    k = torch.where(counts, k, 0)  # N
-    one = wide(counts.to(x.dtype))  # N; a float times a bool would be float32
-    wk = one if w is None else torch.where(counts, wide(w)[k], 0)  # N
-    if smoothing == 0:
-        return k, counts, wk, wk
-    total = x.shape[-1] if w is None else wide(w).sum()
-    return k, counts, wk, (1 - smoothing) * wk + (smoothing / x.shape[-1]) * total * one
+def cotangent(dl, shape, W, reduction):
+    """The cotangent of each ℓ, N *D: dl itself, or its share."""
+    dl = wide(dl)
+    return (dl / W if reduction == "mean" else dl).expand(shape)
+
+
+def along_classes(w, x):
+    """The class weights, to go with N C *D."""
+    return wide(w).reshape(-1, *(1,) * (x.dim() - 2))
+
+
+def sum_to_classes(t):
+    return t.sum((0, *range(2, t.dim())))  # N C *D -> C
+
+
+def at_index(x, w, k, ignore):
+    """The index, 0 where it is the ignored one; where it is not; the weight of its class, 0 where it is. N *D each."""
+    counts = k != ignore
+    k = torch.where(counts, k, 0)
+    wk = wide(counts.to(x.dtype)) if w is None else torch.where(counts, wide(w)[k], 0)
+    return k, counts, wk
 
 
 def forward(x, w, k, ignore, reduction, smoothing):
-    k, counts, wk, _ = parts(x, k, w, ignore, smoothing)
-    lse = log_sum_exp(x)  # N
-    xk = wide(x.gather(-1, k[:, None])[:, 0])  # N
-    # the difference lse − x_k first: the product of a weight of 0 with an infinite x_k would be NaN
-    l = torch.where(counts, (1 - smoothing) * wk * (lse - xk), 0)  # N
-    if smoothing:
-        wx = x.sum(-1, dtype=lse.dtype) if w is None else wide(x) @ wide(w)  # N
-        total = x.shape[-1] if w is None else wide(w).sum()
-        l = l + torch.where(counts, (smoothing / x.shape[-1]) * (total * lse - wx), 0)
-    return reduce(l, wk.sum(), reduction).to(x.dtype), lse
+    k, counts, wk = at_index(x, w, k, ignore)
+
+    def rule(x, k, wk):
+        logp = torch.log_softmax(wide(x), 1)  # N C *D
+        l = (smoothing - 1) * wk * logp.gather(1, k.unsqueeze(1)).squeeze(1)  # N *D
+        if smoothing:
+            l = l - (smoothing / x.shape[1]) * (logp if w is None else along_classes(w, x) * logp).sum(1)
+        return l
+
+    l = torch.where(counts, by_rows(rule, x, k, wk), 0)  # N *D
+    return reduce(l, wk.sum(), reduction).to(x.dtype)
 
 
-def backward(dl, dlse, x, w, k, lse, ignore, reduction, smoothing, need):
-    if not need.x:
-        return None, None, None
-    k, counts, wk, a = parts(x, k, w, ignore, smoothing)
-    N, C = x.shape
-    d = row_cotangents(dl, N, wk.sum() if reduction == "mean" else None, lse)  # N
-    d = torch.where(counts, d, 0)
-    row = d * a if dlse is None else d * a + dlse  # N: what multiplies p
-    hit = -(1 - smoothing) * d * wk  # N: added at the target
-    flat = -(smoothing / C) * d  # N: times w, added everywhere
-    if unwatched(dl, dlse, x, w, lse) and x.device.type == "cpu":
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)  # N C
-        for rows in chunks(x):
-            g = torch.sub(wide(x[rows]), lse[rows, None], out=dx[rows] if x.dtype == lse.dtype else None)
-            g.exp_().mul_(row[rows, None])
-            if smoothing:
-                g.add_(flat[rows, None] if w is None else flat[rows, None] * w)
-            g.scatter_add_(1, k[rows, None], hit[rows, None])
-            if x.dtype != lse.dtype:
-                dx[rows] = g
-        return dx, None, None
-    p = (wide(x) - lse[:, None]).exp()  # N C
-    dx = (row[:, None] * p).scatter_add(1, k[:, None], hit[:, None])  # N C
-    if smoothing:
-        dx = dx + (flat[:, None] if w is None else flat[:, None] * w)
-    return dx.to(x.dtype), None, None
+def backward(dl, x, w, k, l, ignore, reduction, smoothing, need):
+    k, counts, wk = at_index(x, w, k, ignore)
+    W, C = wk.sum(), x.shape[1]
+    d = torch.where(counts, cotangent(dl, k.shape, W, reduction), 0)  # N *D: dℓ
+    hit = (1 - smoothing) * d * wk  # N *D: dℓ r's part at the index
+    flat = (smoothing / C) * d if smoothing else None  # N *D: and its part in every class, without w
+    dx = dw = None
+    if need.x:
+        row = hit if flat is None else hit + flat * (C if w is None else wide(w).sum())  # N *D: dℓ Σ_c r_c
+
+        def rule(x, k, row, hit, flat):
+            dx = row.unsqueeze(1) * torch.softmax(wide(x), 1)  # N C *D
+            dx = dx.scatter_add_(1, k.unsqueeze(1), -hit.unsqueeze(1))  # dx is new: nothing else has seen it
+            if flat is not None:
+                dx = dx - (flat.unsqueeze(1) if w is None else flat.unsqueeze(1) * along_classes(w, x))
+            return dx.to(x.dtype)
+
+        dx = by_rows(rule, x, k, row, hit, flat)
+    if need.w:
+        logp = torch.log_softmax(wide(x), 1)  # N C *D
+        at = (smoothing - 1) * d * logp.gather(1, k.unsqueeze(1)).squeeze(1)  # N *D
+        if reduction == "mean":
+            at = at - torch.where(counts, wide(dl) * l / W, 0)
+        dw = torch.zeros_like(wide(w)).index_add(0, k.reshape(-1), at.reshape(-1))  # C
+        dw = (dw if flat is None else dw - sum_to_classes(flat.unsqueeze(1) * logp)).to(w.dtype)
+    return dx, dw, None
 
 
-def row_cotangents(dl, N, W, lse):
-    """The cotangent of each row's ℓ, N: dl itself, or its share."""
-    if dl is None:
-        return torch.zeros_like(lse)
-    dl = dl.to(lse.dtype)
-    return (dl if W is None else dl / W).expand(N)
+def smoothed(q, smoothing):
+    return (1 - smoothing) * wide(q) + smoothing / q.shape[1] if smoothing else wide(q)  # N C *D
+
+
+def target_of(x, q, w, smoothing):
+    return smoothed(q, smoothing) if w is None else along_classes(w, x) * smoothed(q, smoothing)  # r: N C *D
 
 
 def forward_probabilities(x, q, w, reduction, smoothing):
-    lse = log_sum_exp(x)  # N
-    wr = weighted(q, w, smoothing)  # N C
-    l = (wr * (lse[:, None] - wide(x))).sum(-1)  # N
-    return reduce(l, x.shape[0], reduction).to(x.dtype), lse
+    def rule(x, q):
+        return -(target_of(x, q, w, smoothing) * torch.log_softmax(wide(x), 1)).sum(1)  # N *D
+
+    l = by_rows(rule, x, q)
+    return reduce(l, l.numel(), reduction).to(x.dtype)
 
 
-def weighted(q, w, smoothing):
-    """The targets, smoothed and weighted: w ∘ r."""
-    q = wide(q)
-    r = (1 - smoothing) * q + smoothing / q.shape[-1] if smoothing else q
-    return r if w is None else wide(w) * r  # N C
-
-
-def backward_probabilities(dl, dlse, x, q, w, lse, reduction, smoothing, need):
-    N = x.shape[0]
-    d = row_cotangents(dl, N, N if reduction == "mean" else None, lse)  # N
-    dx = dq = None
+def backward_probabilities(dl, x, q, w, reduction, smoothing, need):
+    shape = (x.shape[0], *x.shape[2:])
+    d = cotangent(dl, shape, torch.Size(shape).numel(), reduction)  # N *D: dℓ
+    dx = dq = dw = None
     if need.x:
-        wr = weighted(q, w, smoothing)  # N C
-        row = d * wr.sum(-1) if dlse is None else d * wr.sum(-1) + dlse  # N
-        dx = (row[:, None] * (wide(x) - lse[:, None]).exp() - d[:, None] * wr).to(x.dtype)  # N C
-    if need.q:
-        dq = (1 - smoothing) * d[:, None] * (lse[:, None] - wide(x))  # N C
-        dq = (dq if w is None else w * dq).to(q.dtype)
-    return dx, dq, None
+
+        def rule(x, q, d):
+            r = target_of(x, q, w, smoothing)
+            return (d.unsqueeze(1) * (r.sum(1, keepdim=True) * torch.softmax(wide(x), 1) - r)).to(x.dtype)
+
+        dx = by_rows(rule, x, q, d)
+    if need.q or need.w:
+        dr = -d.unsqueeze(1) * torch.log_softmax(wide(x), 1)  # N C *D
+        if need.q:
+            dq = ((1 - smoothing) * (dr if w is None else along_classes(w, x) * dr)).to(x.dtype)
+        if need.w:
+            dw = sum_to_classes(dr * smoothed(q, smoothing)).to(w.dtype)
+    return dx, dq, dw
 
 
-RULE = Rule("cross_entropy", forward, backward, inputs="x w k", outputs="l lse")
+RULE = Rule("cross_entropy", forward, backward, inputs="x w k", outputs="l", uses={"x": "x w k", "w": "x w k l"})
 PROBABILITIES = Rule(
-    "cross_entropy_probabilities", forward_probabilities, backward_probabilities, inputs="x q w", outputs="l lse"
+    "cross_entropy_probabilities",
+    forward_probabilities,
+    backward_probabilities,
+    inputs="x q w",
+    outputs="l",
+    uses={"q": "x w", "w": "x w q"},
 )
 
 
@@ -170,8 +163,8 @@ def cross_entropy(
 
     Args:
         input: logits (C,), (N, C) or (N, C, *D), floating point.
-        target: class indices (), (N,) or (N, *D), int64; or class probabilities of input's shape and dtype, differentiable.
-        weight: (C,), per class; a constant.
+        target: class indices (), (N,) or (N, *D), int64 or uint8; or class probabilities of input's shape and dtype.
+        weight: (C,), per class.
         size_average: deprecated, see reduction.
         ignore_index: the index that contributes nothing; with indices only.
         reduce: deprecated, see reduction.
@@ -180,12 +173,12 @@ def cross_entropy(
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
-        A scalar, or target's shape (without the classes) for "none".
+        A scalar, or target's shape (without the classes) for "none". Differentiable by input, by probabilities, by weight.
 
     Raises:
         ValueError: shapes that disagree, an index out of range (checked on the CPU, outside transforms), a label_smoothing
-            outside [0, 1], or a reduction that does not exist.
-        TypeError: a target that is neither int64 nor of input's dtype, or tensors of several dtypes.
+            outside [0, 1], an ignore_index with probabilities, no classes, or a reduction that does not exist.
+        TypeError: a target that is neither int64, uint8 nor of input's dtype, or tensors of several dtypes.
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
@@ -194,21 +187,14 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: label_smoothing={label_smoothing} is outside [0, 1]")
     input, target, weight = OP.cast(input, target, weight)
     indices = _check(input, target, weight, ignore_index)
-    kept: tuple[int, ...]
-    if input.dim() == 1:
-        x, k, kept = input[None], target[None], ()
-    elif input.dim() == 2:
-        x, k, kept = input, target, tuple(input.shape[:1])
-    else:  # the classes last, all else as rows
-        N, C, D = input.shape[0], input.shape[1], input.shape[2:]
-        x, kept = input.movedim(1, -1).reshape(N * prod(D), C), (N, *D)
-        k = target.reshape(-1) if indices else target.movedim(1, -1).reshape(N * prod(D), C)
-    w = None if weight is None else weight.detach()
+    if indices and target.dtype == torch.uint8:
+        target = target.long()
+    x, t = (input.unsqueeze(0), target.unsqueeze(0)) if input.dim() == 1 else (input, target)
     if indices:
-        l = RULE(x, w, k, ignore_index, reduction, float(label_smoothing), backend=OP.pick(RULE, backend, x, w))[0]
+        l = RULE(x, weight, t, ignore_index, reduction, label_smoothing, backend=OP.pick(RULE, backend, x, weight))
     else:
-        l = PROBABILITIES(x, k, w, reduction, float(label_smoothing), backend=OP.pick(PROBABILITIES, backend, x, k, w))[0]
-    return l.reshape(kept) if reduction == "none" else l
+        l = PROBABILITIES(x, t, weight, reduction, label_smoothing, backend=OP.pick(PROBABILITIES, backend, x, t, weight))
+    return l.squeeze(0) if reduction == "none" and input.dim() == 1 else l
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
@@ -217,6 +203,8 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
     if input.dim() == 0:
         raise ValueError("cross_entropy: input has no dimensions; it needs (C), (N C) or (N C *D)")
     C = input.shape[0 if input.dim() == 1 else 1]
+    if C == 0:
+        raise ValueError(f"cross_entropy: input has shape {tuple(input.shape)}, which has no classes")
     if not isinstance(target, Tensor):
         raise TypeError(f"cross_entropy: target must be a tensor, not {type(target).__name__}")
     if target.device != input.device:
@@ -234,9 +222,13 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
             raise ValueError(
                 f"cross_entropy: target of class probabilities has shape {tuple(target.shape)} but input {tuple(input.shape)}"
             )
+        if ignore_index >= 0:
+            raise ValueError(f"cross_entropy: ignore_index={ignore_index} goes with class indices, not with probabilities")
         return False
-    if target.dtype != torch.int64:
-        raise TypeError(f"cross_entropy: target is {target.dtype}; class indices must be int64, probabilities {input.dtype}")
+    if target.dtype != torch.int64 and target.dtype != torch.uint8:
+        raise TypeError(
+            f"cross_entropy: target is {target.dtype}; class indices must be int64 or uint8, probabilities {input.dtype}"
+        )
     wanted = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
     if target.shape != wanted:
         raise ValueError(
@@ -286,17 +278,16 @@ def case(draw: Draw) -> Case:
     shape = (C,) if draw.random.random() < 0.15 else (N, C, *D)
     x = draw.tensor(*shape)
     kwargs: dict[str, object] = {"reduction": draw.choice(REDUCTIONS)}
-    if draw.flag():
-        kwargs["weight"] = draw.tensor(C, grad=False).abs() + 0.1
+    weight = draw.tensor(C).detach().abs() + 0.1 if draw.flag() else None
     if draw.flag():
         kwargs["label_smoothing"] = draw.choice((0.1, 0.5))
     if draw.flag():
         q = draw.tensor(*shape).detach().softmax(0 if len(shape) == 1 else 1)
-        return Case((x, q.requires_grad_()), kwargs)
+        return Case((x, q.requires_grad_(), weight if weight is None else weight.requires_grad_()), kwargs)
     k = draw.integers(0, C, *(() if len(shape) == 1 else (N, *D)))
     if draw.flag() and k.device.type != "meta" and bool((k != 0).any()):  # not all ignored: that mean has no derivative
         kwargs["ignore_index"] = 0
-    return Case((x, k), kwargs)
+    return Case((x, k, weight), kwargs)  # by its weight, torch's cannot be differentiated with indices
 
 
 def bench_vocabulary(draw: Draw) -> Case:
@@ -305,6 +296,14 @@ def bench_vocabulary(draw: Draw) -> Case:
 
 def bench_classes(draw: Draw) -> Case:
     return Case((draw.tensor(8192, 1000), draw.integers(0, 1000, 8192)), {"label_smoothing": 0.1})
+
+
+def bench_pixels(draw: Draw) -> Case:
+    return Case((draw.tensor(8, 21, 128, 128), draw.integers(0, 21, 8, 128, 128)), {})
+
+
+def bench_probabilities(draw: Draw) -> Case:
+    return Case((draw.tensor(2048, 1000), draw.tensor(2048, 1000, grad=False).softmax(1)), {})
 
 
 OP = Op(
@@ -318,6 +317,11 @@ OP = Op(
     source="Bridle 1990, eq. 12",
     autocast=FLOAT32,
     case=case,
-    bench={"8192 classes": bench_vocabulary, "1000 classes, smoothed": bench_classes},
+    bench={
+        "8192 classes": bench_vocabulary,
+        "1000 classes, smoothed": bench_classes,
+        "pixels": bench_pixels,
+        "probabilities": bench_probabilities,
+    },
 )
 OPS = (OP,)

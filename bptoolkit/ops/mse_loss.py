@@ -5,7 +5,7 @@ Maths     e = x − t
           sum    ℓ = Σ w ∘ e²        dx = 2 dy w ∘ e              dw = dy e²
           mean   ℓ = Σ w ∘ e² / W    dx = 2 dy w ∘ e / W          dw = dy (e² − ℓ) / W     (W = Σ w)
           dt = −dx in each; without weights w = 1, and W is the number of elements N
-Letters   x input, t target, w weight, all of one shape after broadcasting; dy has ℓ's shape
+Letters   x input, t target, of one shape after broadcasting; w weight, of x's shape before it; dy has ℓ's shape
 Numerics  everything in x's dtype; the mean over nothing is NaN, as in torch
 Source    Gauss, "Theoria combinationis observationum", 1821; the derivative is (e²)' = 2e
 """
@@ -27,33 +27,25 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def forward(x, t, w, reduction):
-    e = x - t  # *B
-    s = e * e if w is None else w * e * e  # *B
-    if reduction == "none":
-        return s
-    if reduction == "sum":
-        return s.sum()  # scalar
-    return s.mean() if w is None else s.sum() / w.sum()  # scalar
+    if w is None:
+        return torch.ops.aten.mse_loss(x, t, REDUCTIONS.index(reduction))
+    l = w * (x - t) ** 2  # *B
+    return l if reduction == "none" else l.sum() if reduction == "sum" else l.sum() / w.sum()
 
 
 def backward(dy, x, t, w, reduction, need):
     e = x - t  # *B
     if reduction == "mean":
-        W = e.numel() if w is None else w.sum()
-        dy = dy / W
-    dx = dt = dw = None
+        dy = dy / (e.numel() if w is None else w.sum())
+    dx = dw = None
     if need.w:
-        dw = dy * e * e  # *B
+        dw = (dy * e * e).sum_to_size(w.shape)
         if reduction == "mean":
-            dw = dw - dy * ((w * e * e).sum() / W)
+            dw = dw - dy * ((w * e * e).sum() / w.sum())
     if need.x or need.t:
-        if unwatched(dy, x, t, w) and not need.w:
-            dx = e.mul_(2 * dy)  # *B
-        else:
-            dx = 2 * dy * e  # *B
+        dx = e.mul_(2 * dy) if unwatched(dy, x, t, w) else 2 * dy * e  # *B
         dx = dx if w is None else w * dx
-        dt = -dx if need.t else None
-    return dx if need.x else None, dt, dw
+    return dx if need.x else None, -dx if need.t else None, dw
 
 
 RULE = Rule("mse_loss", forward, backward, inputs="x t w", outputs="y")
@@ -96,7 +88,8 @@ def mse_loss(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     check_reduction("mse_loss", reduction)
-    input, target, weight = OP.cast(input, target, weight)
+    if weight is None or not weight.is_cpu:  # the CPU's autocast leaves the weighted form alone, as it is not one op in torch
+        input, target, weight = OP.cast(input, target, weight)
     OP.check(input, target, weight)
     if weight is not None and weight.shape != input.shape:
         raise ValueError(f"mse_loss: weight has shape {tuple(weight.shape)} but input {tuple(input.shape)}; they must be equal")
@@ -113,7 +106,6 @@ def mse_loss(
             stacklevel=2,
         )
         input, target = input.expand(shape), target.expand(shape)
-        weight = None if weight is None else weight.expand(shape)
     return RULE(input, target, weight, reduction, backend=OP.pick(RULE, backend, input, target, weight))
 
 

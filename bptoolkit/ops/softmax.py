@@ -11,7 +11,6 @@ Source    Bridle, "Probabilistic interpretation of feedforward classification ne
 from __future__ import annotations
 
 import warnings
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +28,11 @@ def softmax_forward(x, dim):
 
 
 def softmax_backward(dy, y, dim):
-    def rule(dy, y, dim):
-        dy_, y_ = wide(dy), wide(y)
+    def rule(y, dy, dim):
+        y_, dy_ = wide(y), wide(dy)
         return (y_ * (dy_ - (y_ * dy_).sum(dim, keepdim=True))).to(dy.dtype)
 
-    return along(rule, dy, y, dim)
+    return along(rule, y, dy, dim)
 
 
 def log_softmax_forward(x, dim):
@@ -41,22 +40,22 @@ def log_softmax_forward(x, dim):
 
 
 def log_softmax_backward(dy, y, dim):
-    def rule(dy, y, dim):
-        dy_, y_ = wide(dy), wide(y)
+    def rule(y, dy, dim):
+        y_, dy_ = wide(y), wide(dy)
         return (dy_ - y_.exp() * dy_.sum(dim, keepdim=True)).to(dy.dtype)
 
-    return along(rule, dy, y, dim)
+    return along(rule, y, dy, dim)
 
 
-def along(rule, dy, y, dim):
-    """rule(dy, y, dim), where what stands before `dim` is rows that may be taken block by block."""
+def along(rule, y, dy, dim):
+    """rule(y, dy, dim), where what stands before `dim` is rows that may be taken block by block."""
     d = dim % max(y.dim(), 1)
     if d == 0:
-        return rule(dy, y, dim)
+        return rule(y, dy, dim)
     if d == 1:
-        return by_rows(lambda dy, y: rule(dy, y, 1), dy, y)
-    rows = (prod(y.shape[:d]), *y.shape[d:])  # R C *I
-    return by_rows(lambda dy, y: rule(dy, y, 1), dy.reshape(rows), y.reshape(rows)).reshape(y.shape)
+        return by_rows(lambda y, dy: rule(y, dy, 1), y, dy)
+    rows = (y.shape[:d].numel(), *y.shape[d:])  # R C *I
+    return by_rows(lambda y, dy: rule(y, dy, 1), y.reshape(rows), dy.reshape(rows)).reshape(y.shape)
 
 
 SOFTMAX_RULE = Rule("softmax", softmax_forward, softmax_backward, inputs="x", outputs="y")
