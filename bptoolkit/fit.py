@@ -177,12 +177,12 @@ def command_line(listing: Listing, recipe: Recipe, args: list[str], smoke: bool)
                 self.config.trainer.default_root_dir = str(folder)
             if self.config.checkpoint.folder is None:
                 self.config.checkpoint.folder = str(folder)
-            self.trainer_defaults = {"callbacks": [Metrics(folder / "metrics.csv", echo=not shown), *bars]}
+            bar = self.config.trainer.enable_progress_bar is not False
+            self.trainer_defaults = {"callbacks": [Metrics(folder / "metrics.csv", echo=not bar), *_bars(bar)]}
             super().instantiate_classes()
             return self.trainer, self.model, self.datamodule
 
     shown = sys.stdout.isatty()  # elsewhere a bar is noise, and a line per validation is not
-    bars = [_bar()] if shown else []
     defaults = {
         "logger": False,
         "num_sanity_val_steps": 0,
@@ -208,14 +208,12 @@ def command_line(listing: Listing, recipe: Recipe, args: list[str], smoke: bool)
         sys.argv = argv
 
 
-def _bar() -> Any:
-    if find_spec("rich") is None:
-        from lightning.pytorch.callbacks import TQDMProgressBar
+def _bars(wanted: bool) -> list[Any]:
+    if not wanted or find_spec("rich") is None:  # without rich, Lightning's own
+        return []
+    from bptoolkit.progress import RunBar
 
-        return TQDMProgressBar(leave=False)
-    from lightning.pytorch.callbacks import RichProgressBar
-
-    return RichProgressBar(leave=False)
+    return [RunBar()]
 
 
 def existing(parser: Any, message: str) -> str:
@@ -306,7 +304,7 @@ def _shorter(option: str, value: Any, default: Any) -> bool:
 def layers_used(model: Any) -> str:
     """Whose layers run, in words."""
     report = getattr(model, "swapped", None)
-    return "torch's layers" if report is None else f"bptoolkit's layers: {report.summary()}"
+    return "torch's layers" if report is None else f"bptoolkit's layers: {report.summary().split(';')[0]}"
 
 
 def versions(data: Any) -> dict[str, Any]:

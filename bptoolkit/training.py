@@ -18,6 +18,7 @@ import random
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,12 +206,13 @@ class Metrics(Callback):
 
     Args:
         path: the file.
-        echo: also print a line per validation, for output that is not a terminal.
+        echo: also print a line after a validation, every few seconds at most, for output that is not a terminal.
     """
 
     def __init__(self, path: Path, echo: bool = False) -> None:
         self.path, self.echo = path, echo
         self.rows: list[dict[str, Any]] = []
+        self.echoed = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = read_csv(self.path) if self.path.exists() else []
@@ -219,7 +221,8 @@ class Metrics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"].detach()  # becomes a number when written: a GPU is not waited for at each step
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # which Lightning has divided it by
+        # A tensor until it is written: a GPU is not waited for at each step.
         self.rows.append({"step": trainer.global_step, "epoch": trainer.current_epoch, "train_loss": loss})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -228,10 +231,11 @@ class Metrics(Callback):
         found = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         self.rows[-1].update(found)
         self.write(trainer)
-        if self.echo and trainer.is_global_zero:
+        if self.echo and trainer.is_global_zero and time.monotonic() - self.echoed > 3:
+            self.echoed = time.monotonic()
             shown = {"loss": self.rows[-1]["train_loss"], **found}
             figures = "  ".join(f"{k} {float(v):.4g}" for k, v in shown.items())
-            print(f"epoch {trainer.current_epoch:3}  step {trainer.global_step:5}  {figures}", flush=True)
+            print(f"  epoch {trainer.current_epoch:3}  step {trainer.global_step:5}  {figures}", flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.write(trainer)

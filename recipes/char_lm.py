@@ -29,12 +29,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from bptoolkit.recipes.compressors import bits_per_character
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 import bptoolkit as bp
 from bptoolkit.recipe import Floor, Recipe
+from bptoolkit.recipes.compressors import bits_per_character
 from bptoolkit.training import Ordered, one_cycle
 
 SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings"}
@@ -44,6 +44,7 @@ CLASSES = len(CHARACTERS) + 1
 State = tuple[Tensor, Tensor]
 
 
+@lru_cache(1)
 def library_text() -> tuple[np.ndarray, np.ndarray]:
     """The standard library as classes: (training, validation), split by file."""
     root = Path(sysconfig.get_paths()["stdlib"])
