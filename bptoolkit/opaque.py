@@ -142,7 +142,7 @@ class Opaque:
             live = [(o, c) for o, c in pairs if c is not None and o.requires_grad]
             at: Any = [t for t, n in zip(tensors, need) if n]
             if not live:  # no output depends on what needs a gradient
-                return [torch.zeros_like(t) if n else None for t, n in zip(tensors, need)]
+                return [torch.zeros_like(t) if n and t is not None else None for t, n in zip(tensors, need)]
             outs, cots = zip(*live)
             pulled = iter(torch.autograd.grad(outs, at, cots, allow_unused=True, materialize_grads=True))
         return [next(pulled) if n else None for n in need]

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -110,12 +110,12 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The random number generators, as plain Python and tensors: all that a weights-only load accepts."""
-        name, keys, *rest = np.random.get_state()
+        name, keys, *rest = cast(Any, np.random.get_state())
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "python": random.getstate(),
-            "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+            "numpy": [name, keys.tolist(), *rest],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning puts a loader back to its place only if it is made after the checkpoint is read; a schedule that asks for
         # `estimated_stepping_batches` has it made before.
-        for loader, place in zip(trainer.fit_loop._combined_loader.flattened, self.places):
+        for loader, place in zip(cast(Any, trainer.fit_loop._combined_loader).flattened, self.places):
             if isinstance(loader, Ordered):
                 loader.load_state_dict(place)
         self.places = []
@@ -165,7 +165,7 @@ class Checkpoints(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate() or loop._num_ready_batches_reached():
             return  # gradients are half summed; or the epoch's end is to come, which saves
-        if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        if loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher)):
             return  # a run resumed here would miss the validation that is about to start
         asked = self.asked(trainer)
         if asked or trainer.global_step - self.saved_step >= self.every_n_steps:

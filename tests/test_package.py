@@ -63,7 +63,19 @@ def environment(tmp_path):
 
 
 def install(python: Path, *what: object, cwd: Path) -> None:
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-build-isolation", *what, cwd=cwd)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        *what,
+        cwd=cwd,
+    )
 
 
 def test_wheel(built, environment):
@@ -86,7 +98,8 @@ def test_sdist(built, environment):
     _, out = built
     python, elsewhere = environment
     (sdist,) = out.glob("*.tar.gz")
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     assert any(n.endswith("/triton_kernels/__init__.py") for n in names)
     assert any(n.endswith("/LICENSE") for n in names)
     install(python, sdist, cwd=elsewhere)

@@ -141,7 +141,7 @@ def multi_head_attention_forward(
     return y, a
 
 
-def _project(q: Tensor, k: Tensor, v: Tensor, w: Any, b: Any, separate: Any, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _project(q: Tensor, k: Tensor, v: Tensor, w: Any, b: Any, separate: Any, backend: str) -> tuple[Tensor, ...]:
     """Q, K and V: one product where the three inputs are one tensor, or the last two are."""
     E = q.shape[-1]
     if separate is not None:
@@ -273,7 +273,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 def reference(*args: Any, need_weights: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Torch's own, on its path with weights, which can be differentiated twice."""
-    y, a = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
+    kwargs["need_weights"] = True
+    y, a = F.multi_head_attention_forward(*args, **kwargs)
     return y, a if need_weights else None
 
 
