@@ -97,16 +97,18 @@ def _launch_forward(x: Tensor, w: Tensor | None, b: Tensor | None, D: int, eps: 
     if not x.numel():
         return y, mean.zero_(), rstd.fill_(torch.nan)
     x2, (BM, BN, warps) = x.reshape(M, N), tile(N, WARP)
+    shape = (*x2.stride(), M, N, eps, BM, BN)
     forward_kernel[(triton.cdiv(M, BM),)](
-        x2, _dense(w), _dense(b), y, mean, rstd, *x2.stride(), M, N, eps, BM, BN, num_warps=warps, enable_fp_fusion=True
+        x2, _dense(w), _dense(b), y, mean, rstd, *shape, num_warps=warps, enable_fp_fusion=True
     )
     return y, mean, rstd
 
 
-def _fake_forward(x: Tensor, w: Tensor | None, b: Tensor | None, D: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x, w, b, D, eps):
     statistics = (*x.shape[: x.dim() - D], *(1,) * D)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, *(torch.empty(statistics, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty(statistics, dtype=torch.float32, device=x.device) for _ in range(2))
+    return y, mean, rstd
 
 
 def _launch_backward(
@@ -130,26 +132,10 @@ def _launch_backward(
     dw_ = partial[0] if need[1] else None
     db_ = partial[-1] if need[2] else None
     x2, dy2 = x.reshape(M, N), (x.new_zeros(()).expand(x.shape) if dy is None else dy).reshape(M, N)
-    backward_kernel[(P,)](
-        dy2,
-        _dense(dm),
-        _dense(dr),
-        x2,
-        _dense(w),
-        _dense(m),
-        _dense(r),
-        dx if need[0] else None,
-        dw_,
-        db_,
-        *dy2.stride(),
-        *x2.stride(),
-        M,
-        N,
-        BM,
-        BN,
-        num_warps=warps,
-        enable_fp_fusion=True,
-    )
+    read = (dy2, *map(_dense, (dm, dr)), x2, *map(_dense, (w, m, r)))
+    write = (dx if need[0] else None, dw_, db_)
+    shape = (*dy2.stride(), *x2.stride(), M, N, BM, BN)
+    backward_kernel[(P,)](*read, *write, *shape, num_warps=warps, enable_fp_fusion=True)
     if dw_ is not None:
         torch.sum(dw_, 0, out=dw)
     if db_ is not None:
@@ -157,20 +143,11 @@ def _launch_backward(
     return dx, dw, db
 
 
-def _fake_backward(
-    dy: Tensor | None,
-    dm: Tensor | None,
-    dr: Tensor | None,
-    x: Tensor,
-    w: Tensor | None,
-    m: Tensor,
-    r: Tensor,
-    D: int,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty(x.shape if need[0] else (0,), dtype=x.dtype, device=x.device)
+def _fake_backward(dy, dm, dr, x, w, m, r, D, need):
     _, N = rows(x, D)
-    return dx, *(torch.empty(N if n else 0, dtype=torch.float32, device=x.device) for n in need[1:])
+    dx = torch.empty(x.shape if need[0] else (0,), dtype=x.dtype, device=x.device)
+    dw, db = (torch.empty(N if n else 0, dtype=torch.float32, device=x.device) for n in need[1:])
+    return dx, dw, db
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
