@@ -27,6 +27,7 @@ from bptoolkit.precision import wide
 from bptoolkit.shapes import check_floating
 
 _HALF = (torch.bfloat16, torch.float16)
+_SMALL = 1 << 15  # elements, up to which the plain form is the faster one
 
 
 def forward(x, w, b, D, eps):
@@ -39,7 +40,8 @@ def forward(x, w, b, D, eps):
 
 
 def backward(dy, dm, dr, x, w, b, m, r, D, need):
-    if need.x and dm is None and dr is None and dy.numel() > BLOCK and dy.is_cpu and unwatched(dy, x, w, b, m, r):
+    plain = not need.x or dy is None or dm is not None or dr is not None
+    if not plain and dy.is_cpu and dy.numel() > _SMALL and unwatched(dy, x, w, b, m, r):
         return in_blocks(dy, x, w, b, m, r, D, need)
     dx = dw = db = None
     if need.x or need.w:
@@ -51,8 +53,9 @@ def backward(dy, dm, dr, x, w, b, m, r, D, need):
         dw = (dy2 * xh).sum(0).reshape(w.shape).to(w.dtype) if need.w else None
         db = dy2.sum(0).reshape(b.shape).to(b.dtype) if need.b else None
     if need.x:
-        dx = 0 * xh
-        if dy is not None:
+        if dy is None:
+            dx = torch.zeros_like(xh)  # M N
+        else:
             g = dy2 if w is None else dy2 * w.reshape(N)  # M N
             dx = r2 * (g - g.mean(1, keepdim=True) - xh * (g * xh).mean(1, keepdim=True))
         if dm is not None:
