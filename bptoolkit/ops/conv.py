@@ -242,7 +242,7 @@ def _padded(module: Any, x: Tensor) -> Tensor:
     pad, mode = tuple(module._reversed_padding_repeated_twice), module.padding_mode
     OPS[len(pad) // 2 - 1].check(x, None, None)
     for k in range(len(pad)):
-        most = x.shape[-1 - k // 2] - (mode == "reflect")
+        most = x.shape[-1 - k // 2] - (1 if mode == "reflect" else 0)
         if mode != "replicate" and pad[k] > most:
             raise ValueError(
                 f"{type(module).__name__}: padding_mode={mode!r} can pad dimension {x.dim() - 1 - k // 2} of input "
