@@ -2,7 +2,7 @@
 
 Question  Does an LSTM with hand-written BPTT learn to predict source code, and how near do compressors come?
 Command   bptoolkit fit char-lm --layers torch|bptoolkit
-Time      5 min on one CPU core
+Time      4 min with torch's layers, 6 with bptoolkit's, on one CPU core
 Expected  1.67 bits per character (xz 1.72); floor: the 5-gram's 1.90
 
 Data      The .py files of the running Python's standard library, without tests, tables of encodings and generated files: about
@@ -103,6 +103,8 @@ class CharLM(LightningModule):
 
     def window(self, batch: tuple[Tensor, Tensor], state: State | None) -> tuple[Tensor, State]:
         x, y = batch
+        if state is not None:  # a checkpoint is read before the model is on its device
+            state = (state[0].to(x.device), state[1].to(x.device))
         z, state = self(x, state)
         return self.loss(z.flatten(0, 1), y.flatten()), (state[0].detach(), state[1].detach())
 
@@ -125,8 +127,7 @@ class CharLM(LightningModule):
         checkpoint["hidden_state"] = self.state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["hidden_state"]
-        self.state = None if state is None else (state[0].to(self.device), state[1].to(self.device))
+        self.state = checkpoint["hidden_state"]
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), self.lr)
