@@ -76,11 +76,11 @@ def loop_fast(pre, h0, wh, bh, lengths, reverse, keep):
     T, B, H = pre.shape[0], pre.shape[1], h0.shape[-1]
     y, g, h, wt = pre.new_empty(T, B, H), pre.new_empty(T if keep else 1, B, 4 * H), h0, wh.mT
     blocks = [g[..., : 3 * H], g[..., : 2 * H], *g.split(H, -1)]  # r z q at once, r z at once, r, z, q, n
-    rows = list(zip(*(b.unbind(0) for b in blocks))) if keep else [tuple(b[0] for b in blocks)] * T
-    above = list(zip(pre[..., : 2 * H].unbind(0), pre[..., 2 * H :].unbind(0), y.unbind(0)))
+    above = [s.unbind(0) for s in (pre[..., : 2 * H], pre[..., 2 * H :], y)]
+    rows = list(zip(*(b.unbind(0) if keep else [b[0]] * T for b in blocks), *above))
     reset = valid(T, lengths).unbind(0) if reverse and lengths is not None else None
     for t in order(T, reverse):
-        (rzq, rz, r, z, q, n), (arz, an, yt) = rows[t], above[t]
+        rzq, rz, r, z, q, n, arz, an, yt = rows[t]
         torch.mm(h, wt, out=rzq) if bh is None else torch.addmm(bh, h, wt, out=rzq)
         rz.add_(arz).sigmoid_()
         torch.addcmul(an, r, q, out=n).tanh_()
@@ -141,30 +141,30 @@ def bptt_fast(dy, dg, g, y, h0, wh, lengths, reverse):
     if dg is not None or dy is None:  # second order only
         return bptt(dy, dg, g, y, h0, wh, lengths, reverse)
     T, B, H = y.shape
-    da, dh = torch.empty_like(g), torch.zeros_like(h0)
+    da, dh, dys = g.new_empty(g.shape), torch.zeros_like(h0), dy.unbind(0)
+    all4, rzq, z = da.unflatten(-1, (4, H)).unbind(0), da[..., H:].unbind(0), g[..., H : 2 * H].unbind(0)
     freeze = lengths is not None and reverse  # the other way dh is still zero past the lengths
     keeps = valid(T, lengths).unbind(0) if freeze else None
-    steps, few = order(T, reverse)[::-1], max(1, CHUNK // max(1, 4 * B * H))
     hps = before(h0, y, lengths, reverse) if freeze else None
-    dht = dy[steps[0]] + dh
+    steps, few = order(T, reverse)[::-1], max(1, CHUNK // max(1, 4 * B * H))
+    dht = dys[steps[0]] + dh
     for k in range(0, T, few):
         ts = steps[k : k + few]
         at = slice(min(ts), max(ts) + 1)
         edge = at.stop if reverse else at.start - 1
-        hp = hps[at] if hps is not None else before(y[edge] if 0 <= edge < T else h0, y[at], None, reverse)
+        hp = before(y[edge] if 0 <= edge < T else h0, y[at], None, reverse) if hps is None else hps[at]
         _local(da[at], g[at], hp)
         if freeze:
             da[at].masked_fill_(~valid(T, lengths)[at], 0)
         for j, t in enumerate(ts, k + 1):
-            a, z = da[t], g[t, :, H : 2 * H]
-            a.view(B, 4, H).mul_(dht.unsqueeze(1))
+            all4[t].mul_(dht.unsqueeze(1))
             if keeps is not None:
-                dh = torch.where(keeps[t], torch.addmm(dht * z, a[:, H:], wh), dh)
-                dht = dh if j == T else dh + dy[steps[j]]
+                dh = torch.where(keeps[t], torch.addmm(dht * z[t], rzq[t], wh), dh)
+                dht = dh if j == T else dh + dys[steps[j]]
             elif j == T:
-                dh = (dht * z).addmm_(a[:, H:], wh)
+                dh = (dht * z[t]).addmm_(rzq[t], wh)
             else:
-                dht = torch.addcmul(dy[steps[j]], dht, z).addmm_(a[:, H:], wh)
+                dht = torch.addcmul(dys[steps[j]], dht, z[t]).addmm_(rzq[t], wh)
     return da, dh
 
 

@@ -76,11 +76,11 @@ def loop_fast(pre, h0, c0, wh, wr, lengths, reverse, keep):
     y, c = pre.new_empty(T, B, h0.shape[-1]), pre.new_empty(T, B, H)
     gates = pre.new_empty(T if keep else 1, B, 4 * H)
     blocks = [gates, gates[..., : 2 * H], *gates.split(H, -1)]  # all; i and f at once; i, f, g, o
-    rows = list(zip(*(b.unbind(0) for b in blocks))) if keep else [tuple(b[0] for b in blocks)] * T
+    rows = list(zip(*(b.unbind(0) if keep else [b[0]] * T for b in blocks), pre.unbind(0), y.unbind(0), c.unbind(0)))
     m, h, ct, wt = pre.new_empty(B, H), h0, c0, wh.mT
     reset = valid(T, lengths).unbind(0) if reverse and lengths is not None else None
-    for t, pt, yt, cn in [(t, pre[t], y[t], c[t]) for t in order(T, reverse)]:
-        a, i_f, i, f, g, o = rows[t]
+    for t in order(T, reverse):
+        a, i_f, i, f, g, o, pt, yt, cn = rows[t]
         torch.addmm(pt, h, wt, out=a)
         i_f.sigmoid_()
         g.tanh_()
@@ -150,39 +150,37 @@ def bptt_fast(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse):
     if dg is not None:  # second order only
         return bptt(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse)
     T, B, H = c.shape
-    da, dct, dh = torch.empty_like(g), c.new_zeros(B, H), c.new_zeros(B, wh.shape[-1])
+    da, dct, dh = g.new_empty(g.shape), c.new_zeros(B, H), c.new_zeros(B, wh.shape[-1])
+    dht, dm = torch.empty_like(dh), torch.empty_like(dct)
+    das, i_f_g, o = da.unbind(0), da[..., : 3 * H].unflatten(-1, (3, H)).unbind(0), da[..., 3 * H :].unbind(0)
+    f, dys, dcs = g[..., H : 2 * H].unbind(0), dy if dy is None else dy.unbind(0), dc if dc is None else dc.unbind(0)
     freeze = lengths is not None and reverse  # the other way dh and dct are still zero past the lengths
     keeps = valid(T, lengths).unbind(0) if freeze else None
     cps = before(c0, c, lengths, reverse) if freeze else None
-    dht, dm = torch.empty_like(dh), torch.empty_like(dct)
     steps, few, behind = order(T, reverse)[::-1], max(1, CHUNK // max(1, 4 * B * H)), None
     for k in range(0, T, few):
         ts = steps[k : k + few]
         at = slice(min(ts), max(ts) + 1)
-        if cps is not None:
-            cp = cps[at]
-        else:
-            edge = at.stop if reverse else at.start - 1
-            cp = before(c[edge] if 0 <= edge < T else c0, c[at], None, reverse)
-        kc = _local(da[at], g[at], c[at], cp)
+        edge = at.stop if reverse else at.start - 1
+        cp = before(c[edge] if 0 <= edge < T else c0, c[at], None, reverse) if cps is None else cps[at]
+        kc = _local(da[at], g[at], c[at], cp).unbind(0)
         for t in ts:
-            a, j = da[t], t - at.start
-            if behind is not None:
-                dht = torch.mm(behind, wh, out=dht) if dy is None else torch.addmm(dy[t], behind, wh, out=dht)
+            if behind is None:
+                dht = dh if dy is None else dh + dys[t]
             else:
-                dht = torch.add(dh, 0 if dy is None else dy[t], out=dht)
+                dht = torch.mm(behind, wh, out=dht) if dy is None else torch.addmm(dys[t], behind, wh, out=dht)
             dm = dht if wr is None else torch.mm(dht, wr, out=dm)
-            dct.addcmul_(dm, kc[j])
+            dct.addcmul_(dm, kc[t - at.start])
             if dc is not None:
-                dct += dc[t]
-            a[:, : 3 * H].view(B, 3, H).mul_(dct.unsqueeze(1))
-            a[:, 3 * H :].mul_(dm)
+                dct += dcs[t]
+            i_f_g[t].mul_(dct.unsqueeze(1))
+            o[t].mul_(dm)
             if keeps is None:
-                behind = a
-                dct.mul_(g[t, :, H : 2 * H])
+                behind = das[t]
+                dct.mul_(f[t])
             else:
-                dh = torch.where(keeps[t], a @ wh, dh)
-                dct = torch.where(keeps[t], dct * g[t, :, H : 2 * H], dct)
+                dh = torch.where(keeps[t], das[t] @ wh, dh)
+                dct = torch.where(keeps[t], dct * f[t], dct)
     return da, dh if behind is None else behind @ wh, dct
 
 
