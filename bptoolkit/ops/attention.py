@@ -33,7 +33,7 @@ from bptoolkit.function import Rule, _transforms_active
 from bptoolkit.op import LOW, Op
 from bptoolkit.opaque import Opaque, _legacy_batched
 from bptoolkit.ops import attention_blocks as blocks
-from bptoolkit.ops.attention_blocks import to_mask, wide
+from bptoolkit.ops.attention_tiles import to_mask, wide
 
 # The plain form: whole matrices, differentiable ----------------------------------------------------------------------------
 

@@ -10,213 +10,16 @@ and P would be too large by l, as happens in other kernels. A row that is masked
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from itertools import product
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-_MASK = (1 << 64) - 1
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What the scores are computed in: float32 for half inputs."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def tile_size(L: int, S: int, causal: bool, device: str) -> tuple[int, int]:
-    """Rows and columns of a tile. It depends on the lengths alone: every pass has to draw the same dropout mask."""
-    if device != "cpu":
-        return min(L, 1024), min(S, 2048)
-    return min(L, 128), min(S, 128 if causal else 512)
-
-
-def tile_samples(rows: int, columns: int, device: str) -> int:
-    """How many samples make a tile that fits the cache (on a GPU: that fills it)."""
-    return max(1, (1 << 17 if device == "cpu" else 1 << 25) // max(rows * columns, 1))
-
-
-def to_mask(t: Tensor, m: Tensor) -> Tensor:
-    """Sum over the dimensions that m was broadcast over."""
-    over = [d for d in range(t.dim()) if m.shape[d] == 1 and t.shape[d] != 1]
-    return t.sum(over, keepdim=True) if over else t
-
-
-class Tile(NamedTuple):
-    """Where a tile lies."""
-
-    n: slice  # samples, of the flattened batch
-    at: tuple[slice, ...]  # the same samples, in the mask's batch dimensions
-    batch: tuple[int, ...]  # their number in each
-    I: slice  # rows
-    J: slice  # columns
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.n.stop - self.n.start, self.I.stop - self.I.start, self.J.stop - self.J.start
-
-
-class Tiles:
-    """S = σ Q Kᵀ + M, tile by tile, in buffers that are allocated once."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor, m: Tensor | None, seed: Tensor | None, causal: bool, scale: float | None, p: float
-    ) -> None:
-        self.batch, (self.L, E), self.S = tuple(q.shape[:-2]), q.shape[-2:], k.shape[-2]
-        self.N, self.dtype, self.device = math.prod(self.batch), wide(q.dtype), q.device
-        self.q, self.k, self.causal, self.p = self.flat(q), self.flat(k), causal, p
-        self.scale = scale if scale is not None else max(E, 1) ** -0.5
-        # exp2 is over twice as fast as exp; but in its unit an additive mask of float32's lowest number would overflow
-        self.unit = 1 / math.log(2) if m is None or m.dtype == torch.bool else 1.0
-        self.over = self.batch  # the batch dimensions that m has
-        if m is None or m.shape[:-2].numel() == 1:
-            self.over, m = (self.N,), None if m is None else m.reshape(1, *m.shape[-2:])
-        self.m = m
-        self.rows, self.columns = tile_size(self.L, self.S, causal, self.device.type)
-        self.samples = tile_samples(self.rows, self.columns, self.device.type)
-        self.seeds = None if seed is None else _seeds(seed, self.N)
-        self.generator = None if seed is None else torch.Generator(self.device)
-        self.buffers: dict[str, Tensor] = {}
-        self.triangles: dict[tuple[int, int, int], Tensor] = {}
-
-    def flat(self, t: Tensor) -> Tensor:
-        """(*B, a, b) -> (N, a, b), in the dtype of the scores."""
-        return t.reshape(self.N, *t.shape[-2:]).to(self.dtype)
-
-    def column(self, t: Tensor) -> Tensor:
-        """(*B, L) -> (N, L, 1)."""
-        return t.reshape(self.N, self.L, 1).to(self.dtype)
-
-    def top(self, lse: Tensor, l: Tensor) -> Tensor:
-        """(*B, L), (*B, L) -> the largest score of every row in `unit`s, (N, L, 1)."""
-        return (self.column(lse) - self.column(l).log()).mul_(self.unit)
-
-    def zeros(self, rows: int, columns: int) -> Tensor:
-        """(N, rows, columns), to add up in."""
-        return torch.zeros(self.N, rows, columns, dtype=self.dtype, device=self.device)
-
-    def back(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N, a, b) -> (*B, a, b)."""
-        return t.reshape(*self.batch, *t.shape[1:]).to(dtype)
-
-    def bands(self) -> Iterator[list[Tile]]:
-        """For some samples and rows at a time, the tiles of the columns they may see."""
-        if not self.N or not self.L:
-            return
-        for n, at, batch in _pieces(self.over, self.samples):
-            for i in range(0, self.L, self.rows):
-                I = slice(i, min(i + self.rows, self.L))
-                seen = min(I.stop, self.S) if self.causal else self.S
-                yield [
-                    Tile(n, at, batch, I, slice(j, min(j + self.columns, self.S))) for j in range(0, seen, self.columns or 1)
-                ]
-
-    def __iter__(self) -> Iterator[Tile]:
-        return (tile for band in self.bands() for tile in band)
-
-    def buffer(self, name: str, tile: Tile) -> Tensor:
-        """Room for a tile; its old content is gone."""
-        if name not in self.buffers:
-            size = min(self.samples, self.N) * self.rows * self.columns
-            self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self.buffers[name][: math.prod(tile.shape)].view(tile.shape)
-
-    def scores(self, tile: Tile, minus: Tensor | None = None) -> Tensor:
-        """S of a tile in `unit`s, less a column of row terms; −inf where it is masked."""
-        n, I, J = tile.n, tile.I, tile.J
-        s, alpha = self.buffer("s", tile), self.scale * self.unit
-        if minus is None:
-            torch.baddbmm(s, self.q[n, I], self.k[n, J].mT, beta=0, alpha=alpha, out=s)
-        else:
-            torch.baddbmm(minus[n, I], self.q[n, I], self.k[n, J].mT, beta=-1, alpha=alpha, out=s)
-        if self.causal and J.stop - 1 > I.start:
-            s += self.triangle(tile)
-        if self.m is not None:
-            m = self.part(self.m, tile)
-            if m.dtype == torch.bool:
-                m = torch.zeros(m.shape, dtype=self.dtype, device=self.device).masked_fill_(~m, -math.inf)
-            s.view(*tile.batch, *s.shape[1:]).add_(m)
-        return s
-
-    def exp(self, s: Tensor) -> Tensor:
-        """The exponential of scores in `unit`s, in place."""
-        return s.exp_() if self.unit == 1 else s.exp2_()
-
-    def triangle(self, tile: Tile) -> Tensor:
-        """What a causal mask adds: −inf where column j lies right of row i."""
-        key = (tile.shape[1], tile.shape[2], 1 + tile.I.start - tile.J.start)
-        if key not in self.triangles:
-            hidden = torch.full(key[:2], -math.inf, dtype=self.dtype, device=self.device)
-            self.triangles[key] = hidden.triu_(key[2])
-        return self.triangles[key]
-
-    def keep(self, tile: Tile) -> Tensor | None:
-        """The dropout factor Z of a tile, 0 or 1/(1 − p): the same in every pass. None without dropout."""
-        if self.seeds is None:
-            return None
-        z = self.buffer("z", tile)
-        where = tile.I.start // self.rows << 32 | tile.J.start // self.columns
-        for row, seed in zip(z, self.seeds[tile.n]):
-            self.generator.manual_seed(_mix(seed + where))  # type: ignore[union-attr]
-            row.bernoulli_(1 - self.p, generator=self.generator)
-        return z.mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
-
-    def part(self, m: Tensor, tile: Tile) -> Tensor:
-        """What of m, or of its gradient, meets a tile."""
-        return m[tuple(slice(None) if size == 1 else s for size, s in zip(m.shape, (*tile.at, tile.I, tile.J)))]
-
-    def add_to_mask(self, dm: Tensor, tile: Tile, ds: Tensor) -> None:
-        """Add a tile of a gradient of S to the gradient of M, summed over what M was broadcast over."""
-        part = self.part(dm, tile)
-        part.add_(to_mask(ds.view(*tile.batch, *ds.shape[1:]), part))
-
-    def mask_zeros(self) -> Tensor:
-        """Room for the gradient of M."""
-        assert self.m is not None
-        return torch.zeros(self.m.shape, dtype=self.dtype, device=self.device)
-
-
-def _pieces(batch: Sequence[int], most: int) -> Iterator[tuple[slice, tuple[slice, ...], tuple[int, ...]]]:
-    """Rectangular pieces of the batch dimensions that are contiguous when flattened, of at most `most` samples each."""
-    d, inner = len(batch), 1
-    while d and inner * batch[d - 1] <= most:
-        d -= 1
-        inner *= batch[d]
-    whole = tuple(slice(0, b) for b in batch[d:])
-    if not d:
-        yield slice(0, inner), whole, tuple(batch)
-        return
-    *outer, length = batch[:d]
-    step = max(1, most // inner)
-    for k, index in enumerate(product(*map(range, outer))):
-        for start in range(0, length, step):
-            stop = min(start + step, length)
-            at = (*(slice(x, x + 1) for x in index), slice(start, stop), *whole)
-            first = (k * length + start) * inner
-            yield slice(first, first + (stop - start) * inner), at, tuple(s.stop - s.start for s in at)
-
-
-def _seeds(seed: Tensor, N: int) -> list[int]:
-    """One seed per sample of the flattened batch; `seed` has the leading dimensions that vmap added."""
-    firsts = seed.reshape(-1).tolist()
-    each = N // max(len(firsts), 1)
-    return [_mix(_mix(first) + n) for first in firsts for n in range(each)]
-
-
-def _mix(x: int) -> int:
-    """The finalizer of splitmix64 (Steele, Lea & Flood 2014): neighbouring numbers become unrelated ones."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return (x ^ (x >> 31)) >> 1
+from bptoolkit.ops.attention_tiles import Tile, Tiles
 
 
 def forward(q, k, v, m, seed, causal, scale, p):
     """O, lse and l, with the running maximum of Milakov & Gimelshein 2018."""
     t = Tiles(q, k, m, seed, causal, scale, p)
-    v, o = t.flat(v), t.zeros(t.L, v.shape[-1])
+    v, o = t.flat(v), t.sums(v.shape[-1])
     top, l = t.zeros(t.L, 1), t.zeros(t.L, 1).add_(1)
     lowest = torch.finfo(t.dtype).min
     for band in t.bands():
@@ -235,18 +38,18 @@ def forward(q, k, v, m, seed, causal, scale, p):
             if c:
                 shrink = t.exp(t0 - t1)  # noqa: F821
                 l1.add_(shrink.mul(l0))  # noqa: F821
-                o[n, I].mul_(shrink)
-            o[n, I].baddbmm_(s, v[n, J])
+                o.at(n, I).mul_(shrink)
+            o.at(n, I).baddbmm_(s, v[n, J])
             t0, l0 = t1, l1
         if band:
             if m is not None:
                 nothing = l0 == 0
                 l0.masked_fill_(nothing, 1)
                 t0.masked_fill_(nothing, 0)
-            o[n, I].div_(l0)
+            o.at(n, I).div_(l0)
             top[n, I], l[n, I] = t0, l0
     lse = top.div_(t.unit).add_(l.log())
-    return t.back(o, q.dtype), t.back(lse, t.dtype).squeeze(-1), t.back(l, t.dtype).squeeze(-1)
+    return o.whole(t.L, q.dtype), t.back(lse, t.dtype).squeeze(-1), t.back(l, t.dtype).squeeze(-1)
 
 
 def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
@@ -254,9 +57,9 @@ def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
     t = Tiles(q, k, m, seed, causal, scale, p)
     r = t.column(l).reciprocal()
     top, do = t.top(lse, l), t.flat(do) * r  # P = exp(S − top) r: r is put into do and D, not into P
-    dq = t.zeros(t.L, q.shape[-1]) if "q" in need else None
-    dk = t.zeros(t.S, k.shape[-1]) if "k" in need else None
-    dv = t.zeros(t.S, do.shape[-1]) if "v" in need else None
+    dq = t.sums(q.shape[-1]) if "q" in need else None
+    dk = t.sums(k.shape[-1]) if "k" in need else None
+    dv = t.sums(do.shape[-1]) if "v" in need else None
     dm = t.mask_zeros() if "m" in need else None
     scores = "q" in need or "k" in need or "m" in need
     if scores:
@@ -267,7 +70,7 @@ def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
         n, I, J = tile.n, tile.I, tile.J
         e, z = t.exp(t.scores(tile, minus=top)), t.keep(tile)
         if dv is not None:
-            dv[n, J].baddbmm_((e if z is None else torch.mul(e, z, out=t.buffer("x", tile))).mT, do[n, I])
+            dv.at(n, J).baddbmm_((e if z is None else torch.mul(e, z, out=t.buffer("x", tile))).mT, do[n, I])
         if not scores:
             continue
         if z is None:
@@ -275,15 +78,15 @@ def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
         else:
             ds = torch.bmm(do[n, I], v[n, J].mT, out=t.buffer("x", tile)).mul_(z).sub_(D[n, I]).mul_(e)
         if dq is not None:
-            dq[n, I].baddbmm_(ds, t.k[n, J], alpha=t.scale)
+            dq.at(n, I).baddbmm_(ds, t.k[n, J], alpha=t.scale)
         if dk is not None:
-            dk[n, J].baddbmm_(ds.mT, t.q[n, I], alpha=t.scale)
+            dk.at(n, J).baddbmm_(ds.mT, t.q[n, I], alpha=t.scale)
         if dm is not None:
             t.add_to_mask(dm, tile, ds)
     return (
-        None if dq is None else t.back(dq, q.dtype),
-        None if dk is None else t.back(dk, k.dtype),
-        None if dv is None else t.back(dv, q.dtype),
+        None if dq is None else dq.whole(t.L, q.dtype),
+        None if dk is None else dk.whole(t.S, k.dtype),
+        None if dv is None else dv.whole(t.S, k.dtype),
         None if dm is None else dm.reshape(m.shape).to(m.dtype),
     )
 
@@ -302,16 +105,16 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
     c = None if c is None else t.flat(c)
     e = None if e is None else e.to(t.dtype).reshape(t.m.shape)
     has_u = a is not None or b is not None or e is not None
-    if v is not None:
+    if v is not None:  # else nothing but c came, and U is 0
         v, o = t.flat(v), t.flat(o)
         D = (do_ * o).sum(-1, keepdim=True)
         if dlse is not None:
             D -= dlse
     u, w = t.zeros(t.L, 1), t.zeros(t.L, 1)
-    gdo = t.zeros(t.L, do.shape[-1]) if "o" in need else None
-    gq = t.zeros(t.L, q.shape[-1]) if "q" in need else None
-    gk = t.zeros(t.S, k.shape[-1]) if "k" in need else None
-    gv = t.zeros(t.S, do.shape[-1]) if "v" in need else None
+    gdo = t.sums(do.shape[-1]) if "o" in need else None
+    gq = t.sums(q.shape[-1]) if "q" in need else None
+    gk = t.sums(k.shape[-1]) if "k" in need else None
+    gv = t.sums(do.shape[-1]) if "v" in need else None
     gm = t.mask_zeros() if "m" in need else None
     scores = "q" in need or "k" in need or "m" in need
 
@@ -354,11 +157,12 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
         if gdo is not None:
             drop(p_, z)
             if c is not None:
-                gdo[n, I].baddbmm_(p_, c[n, J])
+                gdo.at(n, I).baddbmm_(p_, c[n, J])
             if has_u:
-                gdo[n, I].baddbmm_(p_.mul_(u_), v[n, J])
-    if gdo is not None and has_u:
-        gdo -= u * o
+                gdo.at(n, I).baddbmm_(p_.mul_(u_), v[n, J])
+    if gdo is not None:
+        gdo = gdo.whole(t.L, t.dtype)
+        gdo = (gdo - t.back(u * o, t.dtype) if has_u else gdo).to(do.dtype)
     if dlse is not None:
         w -= u * dlse
     for tile in t if scores or (gv is not None and has_u) else ():
@@ -378,23 +182,23 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
                 W += C(tile, z)
             W *= p_
             if gq is not None:
-                gq[n, I].baddbmm_(W, t.k[n, J], alpha=t.scale)
+                gq.at(n, I).baddbmm_(W, t.k[n, J], alpha=t.scale)
                 if b is not None:
-                    gq[n, I].baddbmm_(ds, b[n, J])
+                    gq.at(n, I).baddbmm_(ds, b[n, J])
             if gk is not None:
-                gk[n, J].baddbmm_(W.mT, t.q[n, I], alpha=t.scale)
+                gk.at(n, J).baddbmm_(W.mT, t.q[n, I], alpha=t.scale)
                 if a is not None:
-                    gk[n, J].baddbmm_(ds.mT, a[n, I])
+                    gk.at(n, J).baddbmm_(ds.mT, a[n, I])
             if gm is not None:
                 t.add_to_mask(gm, tile, W)
         if gv is not None and has_u:
-            gv[n, J].baddbmm_(drop(p_.mul_(u_), z).mT, do_[n, I])
+            gv.at(n, J).baddbmm_(drop(p_.mul_(u_), z).mT, do_[n, I])
     return (
-        None if gdo is None else t.back(gdo, do.dtype),
+        gdo,
         t.back(u, t.dtype).squeeze(-1) if "l" in need else None,
-        None if gq is None else t.back(gq, q.dtype),
-        None if gk is None else t.back(gk, k.dtype),
-        None if gv is None else t.back(gv, do.dtype),
+        None if gq is None else gq.whole(t.L, q.dtype),
+        None if gk is None else gk.whole(t.S, k.dtype),
+        None if gv is None else gv.whole(t.S, k.dtype),
         None if gm is None else gm.reshape(m.shape).to(m.dtype),
     )
 

@@ -17,7 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacrev, vmap
 
 import bptoolkit as bp
-from bptoolkit.ops import attention, attention_blocks
+from bptoolkit.ops import attention, attention_tiles
 from bptoolkit.ops.attention import RULE, reference
 
 sdpa = bp.functional.scaled_dot_product_attention
@@ -28,8 +28,8 @@ DOUBLE = torch.float64
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 3 rows, 2 columns and 2 samples, so that small tensors take many, with a rest everywhere."""
-    monkeypatch.setattr(attention_blocks, "tile_size", lambda L, S, causal, device: (min(L, 3), min(S, 2)))
-    monkeypatch.setattr(attention_blocks, "tile_samples", lambda rows, columns, device: 2)
+    monkeypatch.setattr(attention_tiles, "tile_size", lambda L, S, device: (min(L, 3), min(S, 2)))
+    monkeypatch.setattr(attention_tiles, "tile_samples", lambda rows, columns, device: 2)
 
 
 def qkv(*batch, L=5, S=7, E=4, Ev=3, seed=0, dtype=DOUBLE):

@@ -1,0 +1,237 @@
+"""The tiles of attention: which there are, their scores, their dropout masks, and sums over them.
+
+Letters as in `bptoolkit.ops.attention`. A tile is some samples of the flattened batch, rows I and columns J of an L × S matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What the scores are computed in: float32 for half inputs."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def tile_size(L: int, S: int, device: str) -> tuple[int, int]:
+    """Rows and columns of a tile. It depends on the lengths alone: every pass has to draw the same dropout mask."""
+    rows, columns = (256, 256) if device == "cpu" else (1024, 2048)
+    return min(L, rows), min(S, columns)
+
+
+def tile_samples(rows: int, columns: int, device: str) -> int:
+    """How many samples make a tile that fits the cache (on a GPU: that fills it)."""
+    return max(1, (1 << 18 if device == "cpu" else 1 << 25) // max(rows * columns, 1))
+
+
+def to_mask(t: Tensor, m: Tensor) -> Tensor:
+    """Sum over the dimensions that m was broadcast over."""
+    over = [d for d in range(t.dim()) if m.shape[d] == 1 and t.shape[d] != 1]
+    return t.sum(over, keepdim=True) if over else t
+
+
+class Tile(NamedTuple):
+    """Where a tile lies."""
+
+    n: slice  # samples, of the flattened batch
+    at: tuple[slice, ...]  # the same samples, in the mask's batch dimensions
+    batch: tuple[int, ...]  # their number in each
+    I: slice  # rows
+    J: slice  # columns
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.n.stop - self.n.start, self.I.stop - self.I.start, self.J.stop - self.J.start
+
+
+class Tiles:
+    """S = σ Q Kᵀ + M, tile by tile, in buffers that are allocated once."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, m: Tensor | None, seed: Tensor | None, causal: bool, scale: float | None, p: float
+    ) -> None:
+        self.batch, (self.L, E), self.S = tuple(q.shape[:-2]), q.shape[-2:], k.shape[-2]
+        self.N, self.dtype, self.device = math.prod(self.batch), wide(q.dtype), q.device
+        self.q, self.k, self.causal, self.p = self.flat(q), self.flat(k), causal, p
+        self.scale = scale if scale is not None else max(E, 1) ** -0.5
+        # exp2 is over twice as fast as exp; but in its unit an additive mask of float32's lowest number would overflow
+        self.unit = 1 / math.log(2) if m is None or m.dtype == torch.bool else 1.0
+        self.over = self.batch  # the batch dimensions that m has
+        if m is None or m.shape[:-2].numel() == 1:
+            self.over, m = (self.N,), None if m is None else m.reshape(1, *m.shape[-2:])
+        self.m = m
+        self.rows, self.columns = tile_size(self.L, self.S, self.device.type)
+        self.samples = tile_samples(self.rows, self.columns, self.device.type)
+        self.seeds = None if seed is None else _seeds(seed, self.N)
+        self.generator = None if seed is None else torch.Generator(self.device)
+        self.buffers: dict[str, Tensor] = {}
+        self.triangles: dict[tuple[int, int, int], Tensor] = {}
+
+    def flat(self, t: Tensor) -> Tensor:
+        """(*B, a, b) -> (N, a, b), in the dtype of the scores."""
+        return t.reshape(self.N, *t.shape[-2:]).to(self.dtype)
+
+    def column(self, t: Tensor) -> Tensor:
+        """(*B, L) -> (N, L, 1)."""
+        return t.reshape(self.N, self.L, 1).to(self.dtype)
+
+    def top(self, lse: Tensor, l: Tensor) -> Tensor:
+        """(*B, L), (*B, L) -> the largest score of every row in `unit`s, (N, L, 1)."""
+        return (self.column(lse) - self.column(l).log()).mul_(self.unit)
+
+    def zeros(self, rows: int, columns: int) -> Tensor:
+        """(N, rows, columns), to add up in."""
+        return torch.zeros(self.N, rows, columns, dtype=self.dtype, device=self.device)
+
+    def back(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N, a, b) -> (*B, a, b)."""
+        return t.reshape(*self.batch, *t.shape[1:]).to(dtype)
+
+    def sums(self, columns: int) -> Sums:
+        """Matrices of L or S rows, to add up in."""
+        return Sums(self, columns)
+
+    def bands(self) -> Iterator[list[Tile]]:
+        """For some samples and rows at a time, the tiles of the columns they may see."""
+        if not self.N or not self.L:
+            return
+        for n, at, batch in _pieces(self.over, self.samples):
+            for i in range(0, self.L, self.rows):
+                I = slice(i, min(i + self.rows, self.L))
+                seen = min(I.stop, self.S) if self.causal else self.S
+                yield [
+                    Tile(n, at, batch, I, slice(j, min(j + self.columns, self.S))) for j in range(0, seen, self.columns or 1)
+                ]
+
+    def __iter__(self) -> Iterator[Tile]:
+        return (tile for band in self.bands() for tile in band)
+
+    def buffer(self, name: str, tile: Tile) -> Tensor:
+        """Room for a tile; its old content is gone."""
+        if name not in self.buffers:
+            size = min(self.samples, self.N) * self.rows * self.columns
+            self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self.buffers[name][: math.prod(tile.shape)].view(tile.shape)
+
+    def scores(self, tile: Tile, minus: Tensor | None = None) -> Tensor:
+        """S of a tile in `unit`s, less a column of row terms; −inf where it is masked."""
+        n, I, J = tile.n, tile.I, tile.J
+        s, alpha = self.buffer("s", tile), self.scale * self.unit
+        if minus is None:
+            torch.baddbmm(s, self.q[n, I], self.k[n, J].mT, beta=0, alpha=alpha, out=s)
+        else:
+            torch.baddbmm(minus[n, I], self.q[n, I], self.k[n, J].mT, beta=-1, alpha=alpha, out=s)
+        if self.causal and J.stop - 1 > I.start:
+            s += self.triangle(tile)
+        if self.m is not None:
+            m = self.part(self.m, tile)
+            if m.dtype == torch.bool:
+                m = torch.zeros(m.shape, dtype=self.dtype, device=self.device).masked_fill_(~m, -math.inf)
+            s.view(*tile.batch, *s.shape[1:]).add_(m)
+        return s
+
+    def exp(self, s: Tensor) -> Tensor:
+        """The exponential of scores in `unit`s, in place."""
+        return s.exp_() if self.unit == 1 else s.exp2_()
+
+    def triangle(self, tile: Tile) -> Tensor:
+        """What a causal mask adds: −inf where column j lies right of row i."""
+        key = (tile.shape[1], tile.shape[2], 1 + tile.I.start - tile.J.start)
+        if key not in self.triangles:
+            hidden = torch.full(key[:2], -math.inf, dtype=self.dtype, device=self.device)
+            self.triangles[key] = hidden.triu_(key[2])
+        return self.triangles[key]
+
+    def keep(self, tile: Tile) -> Tensor | None:
+        """The dropout factor Z of a tile, 0 or 1/(1 − p): the same in every pass. None without dropout."""
+        if self.seeds is None:
+            return None
+        z = self.buffer("z", tile)
+        where = tile.I.start // self.rows << 32 | tile.J.start // self.columns
+        for row, seed in zip(z, self.seeds[tile.n]):
+            self.generator.manual_seed(_mix(seed + where))  # type: ignore[union-attr]
+            row.bernoulli_(1 - self.p, generator=self.generator)
+        return z.mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
+
+    def part(self, m: Tensor, tile: Tile) -> Tensor:
+        """What of m, or of its gradient, meets a tile."""
+        return m[tuple(slice(None) if size == 1 else s for size, s in zip(m.shape, (*tile.at, tile.I, tile.J)))]
+
+    def add_to_mask(self, dm: Tensor, tile: Tile, ds: Tensor) -> None:
+        """Add a tile of a gradient of S to the gradient of M, summed over what M was broadcast over."""
+        part = self.part(dm, tile)
+        part.add_(to_mask(ds.view(*tile.batch, *ds.shape[1:]), part))
+
+    def mask_zeros(self) -> Tensor:
+        """Room for the gradient of M."""
+        assert self.m is not None
+        return torch.zeros(self.m.shape, dtype=self.dtype, device=self.device)
+
+
+class Sums:
+    """Sums over tiles: (N, L or S, columns), each block of rows on its own.
+
+    A slice of the whole would not be contiguous, and torch's bmm goes through the samples one by one to write into such.
+    """
+
+    def __init__(self, tiles: Tiles, columns: int) -> None:
+        self.tiles, self.columns = tiles, columns
+        self.blocks: dict[tuple[int, int], tuple[slice, slice, Tensor]] = {}
+
+    def at(self, n: slice, rows: slice) -> Tensor:
+        """The block of some samples and rows; zeros at first."""
+        key = (n.start, rows.start)
+        if key not in self.blocks:
+            shape = (n.stop - n.start, rows.stop - rows.start, self.columns)
+            self.blocks[key] = n, rows, torch.zeros(shape, dtype=self.tiles.dtype, device=self.tiles.device)
+        return self.blocks[key][2]
+
+    def whole(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """All of it: (*B, rows, columns)."""
+        out = torch.zeros(self.tiles.N, rows, self.columns, dtype=dtype, device=self.tiles.device)
+        for n, I, block in self.blocks.values():
+            out[n, I] = block
+        return out.view(*self.tiles.batch, *out.shape[1:])
+
+
+def _pieces(batch: Sequence[int], most: int) -> Iterator[tuple[slice, tuple[slice, ...], tuple[int, ...]]]:
+    """Rectangular pieces of the batch dimensions that are contiguous when flattened, of at most `most` samples each."""
+    d, inner = len(batch), 1
+    while d and inner * batch[d - 1] <= most:
+        d -= 1
+        inner *= batch[d]
+    whole = tuple(slice(0, b) for b in batch[d:])
+    if not d:
+        yield slice(0, inner), whole, tuple(batch)
+        return
+    *outer, length = batch[:d]
+    step = max(1, most // inner)
+    for k, index in enumerate(product(*map(range, outer))):
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            at = (*(slice(x, x + 1) for x in index), slice(start, stop), *whole)
+            first = (k * length + start) * inner
+            yield slice(first, first + (stop - start) * inner), at, tuple(s.stop - s.start for s in at)
+
+
+def _seeds(seed: Tensor, N: int) -> list[int]:
+    """One seed per sample of the flattened batch; `seed` has the leading dimensions that vmap added."""
+    firsts = seed.reshape(-1).tolist()
+    each = N // max(len(firsts), 1)
+    return [_mix(_mix(first) + n) for first in firsts for n in range(each)]
+
+
+def _mix(x: int) -> int:
+    """The finalizer of splitmix64 (Steele, Lea & Flood 2014): neighbouring numbers become unrelated ones."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (x ^ (x >> 31)) >> 1
