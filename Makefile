@@ -12,10 +12,10 @@ demo: $(READY)  ## verify the ops used, then train digits with torch's layers an
 	$(BIN)/python -m bptoolkit.recipes.demo
 
 test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)  # one thread a worker: two workers, two cores
 
 fuzz: $(READY)  ## the property tests, long and random
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_gradients.py
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_gradients.py
 
 lint: $(VENV)/.lint  ## ruff and mypy
 	$(BIN)/ruff check .
