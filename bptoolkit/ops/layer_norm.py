@@ -71,7 +71,7 @@ def rows(t, D):
     return prod(t.shape[: t.dim() - D]), prod(t.shape[t.dim() - D :])
 
 
-def in_blocks(dy, x, w, b, m, r, D, need, block=BLOCK):
+def in_blocks(dy, x, w, b, m, r, D, need, block=2 * BLOCK):
     """The same backward in place, a block of rows at a time: 9 passes over each, of which one goes to memory.
 
     xc = x − m, t = dy xc:    dx = r (dy w − mean(dy w) − r² mean(t w) xc)    dw = Σₘ r t
