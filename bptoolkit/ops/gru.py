@@ -11,9 +11,9 @@ Maths     r, z = σ(Wi xₜ + bi + Wh hₜ₋₁ + bh)            blocks of H ro
           after the loop, each one product over all steps:
           dx = [da_r da_z da_n] Wi       dWi = Σₜ [da_r da_z da_n]ₜᵀ xₜ      dbi = Σₜ [da_r da_z da_n]ₜ
                                          dWh = Σₜ [da_r da_z dq]ₜᵀ hₜ₋₁      dbh = Σₜ [da_r da_z dq]ₜ
-Letters   see `recurrent`; *V dimensions that vmap adds; g in the rules is r z q n side by side, T B 4H
+Letters   see `recurrent`; *V dimensions that vmap adds; G is r z q n side by side, T B 4H
           da in the rules is da_n da_r da_z dq: its first three blocks go back to x, its last three to hₜ₋₁
-Saving    save="gates" keeps x y and g; save="outputs" keeps x y and makes g again from the outputs, in one product over
+Saving    save="gates" keeps x y G; save="outputs" keeps x y and makes G again from the outputs, in one product over
           all steps: hₜ₋₁ = yₜ₋₁ is known for every t, so nothing is replayed
 Source    Cho et al. 2014; n with q inside, as cuDNN and torch have it
 """
@@ -56,7 +56,7 @@ from bptoolkit.ops.recurrent import (
 def loop(
     pre: Tensor, h0: Tensor, wh: Tensor, bh: Tensor | None, lengths: Tensor | None, reverse: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """The outputs y and the gates g from pre = Wi x + bi: *V T B 3H, and bh: *V 1 3H. Without `keep`, g comes back empty."""
+    """The outputs y and the gates G from pre = Wi x + bi: *V T B 3H, and bh: *V 1 3H. Without `keep`, G comes back empty."""
     T, h = pre.shape[-3], h0
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
     ys, gs = [pre] * T, [pre] * T
@@ -105,25 +105,25 @@ def loop_fake(pre, h0, wh, bh, lengths, reverse, keep):
 
 def bptt(
     dy: Tensor | None,
-    dg: Tensor | None,
-    g: Tensor,
+    dG: Tensor | None,
+    G: Tensor,
     y: Tensor,
     h0: Tensor,
     wh: Tensor,
     lengths: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients da and dh0 from the cotangents of y and g, which are zero past a row's length."""
-    T, hp = g.shape[-3], before(h0, y, lengths, reverse)
+    """The gradients da and dh0 from the cotangents of y and G, which are zero past a row's length."""
+    T, hp = G.shape[-3], before(h0, y, lengths, reverse)
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    r, z, q, n = g.chunk(4, -1)
+    r, z, q, n = G.chunk(4, -1)
     # the local derivatives, for all steps at once: the loop holds the carry only
     kn, kz, kr = within((1 - z) * (1 - n * n), lengths), (hp - n) * z * (1 - z), q * r * (1 - r)
     slope = None
-    if dg is not None:
-        dr, dz, dq, dn = dg.chunk(4, -1)
+    if dG is not None:
+        dr, dz, dq, dn = dG.chunk(4, -1)
         slope = dn * (1 - n * n), torch.cat([dr * r * (1 - r), dz * z * (1 - z), dq], -1)
-    dh, das = torch.zeros_like(h0), [g] * T  # *V B H
+    dh, das = torch.zeros_like(h0), [G] * T  # *V B H
     for t in order(T, reverse)[::-1]:
         dht = dh if dy is None else dh + dy.select(-3, t)
         rt, zt, knt, kzt, krt = (k.select(-3, t) for k in (r, z, kn, kz, kr))
@@ -136,13 +136,13 @@ def bptt(
     return torch.stack(das, -3), dh
 
 
-def bptt_fast(dy, dg, g, y, h0, wh, lengths, reverse):
+def bptt_fast(dy, dG, G, y, h0, wh, lengths, reverse):
     """`bptt` in place, without *V. The local derivatives are made for a few steps at a time, so that they stay in cache."""
-    if dg is not None or dy is None:  # second order only
-        return bptt(dy, dg, g, y, h0, wh, lengths, reverse)
+    if dG is not None or dy is None:  # second order only
+        return bptt(dy, dG, G, y, h0, wh, lengths, reverse)
     T, B, H = y.shape
-    da, dh, dys = g.new_empty(g.shape), torch.zeros_like(h0), dy.unbind(0)
-    all4, rzq, z = da.unflatten(-1, (4, H)).unbind(0), da[..., H:].unbind(0), g[..., H : 2 * H].unbind(0)
+    da, dh, dys = G.new_empty(G.shape), torch.zeros_like(h0), dy.unbind(0)
+    all4, rzq, z = da.unflatten(-1, (4, H)).unbind(0), da[..., H:].unbind(0), G[..., H : 2 * H].unbind(0)
     freeze = lengths is not None and reverse  # the other way dh is still zero past the lengths
     keeps = valid(T, lengths).unbind(0) if freeze else None
     hps = before(h0, y, lengths, reverse) if freeze else None
@@ -153,7 +153,7 @@ def bptt_fast(dy, dg, g, y, h0, wh, lengths, reverse):
         at = slice(min(ts), max(ts) + 1)
         edge = at.stop if reverse else at.start - 1
         hp = before(y[edge] if 0 <= edge < T else h0, y[at], None, reverse) if hps is None else hps[at]
-        _local(da[at], g[at], hp)
+        _local(da[at], G[at], hp)
         if freeze:
             da[at].masked_fill_(~valid(T, lengths)[at], 0)
         for j, t in enumerate(ts, k + 1):
@@ -181,8 +181,8 @@ def _local(A: Tensor, g: Tensor, hp: Tensor) -> None:
     kz.mul_(z).mul_(u)  # (hₜ₋₁ - n) z (1-z)
 
 
-def bptt_fake(dy, dg, g, y, h0, wh, lengths, reverse):
-    return g.new_empty(g.shape), g.new_empty(h0.shape)
+def bptt_fake(dy, dG, G, y, h0, wh, lengths, reverse):
+    return G.new_empty(G.shape), G.new_empty(h0.shape)
 
 
 LOOP = Opaque("gru_loop", loop, loop_fake, vmap="leading", fast=folded("tbwwl", loop_fast, loop))
@@ -201,10 +201,10 @@ def forward_outputs(x, h0, wi, wh, bi, bh, lengths, reverse):
     return LOOP(pre, h0, wh, None if bh is None else bh.unsqueeze(0), lengths, reverse, False)[0]
 
 
-def backward_gates(dy, dg, x, h0, wi, wh, lengths, reverse, y, g, need):
-    dy, dg, x = (within(t, lengths) for t in (dy, dg, x))
+def backward_gates(dy, dG, x, h0, wi, wh, lengths, reverse, y, G, need):
+    dy, dG, x = (within(t, lengths) for t in (dy, dG, x))
     H = h0.shape[-1]
-    da, dh0 = BPTT(dy, dg, g, y, h0, wh, lengths, reverse)  # T B 4H, B H
+    da, dh0 = BPTT(dy, dG, G, y, h0, wh, lengths, reverse)  # T B 4H, B H
     nrz, rzq = da[..., : 3 * H], da[..., H:]  # T B 3H: what goes back to x, and to hₜ₋₁
     dx = nrz @ wi.roll(H, 0) if need.x else None  # T B I
     dwi = over_time(nrz, x).roll(-H, 0) if need.wi else None  # 3H I
@@ -219,19 +219,19 @@ def backward_outputs(dy, x, h0, wi, wh, bi, bh, lengths, reverse, y, need):
     ar, az, an = F.linear(x, wi, bi).chunk(3, -1)  # all gates again, with one product over all steps
     ur, uz, q = F.linear(before(h0, y, lengths, reverse), wh, bh).chunk(3, -1)
     r, z = (ar + ur).sigmoid(), (az + uz).sigmoid()
-    g = torch.cat([r, z, q, (an + r * q).tanh()], -1)  # T B 4H
-    return backward_gates(dy, None, x, h0, wi, wh, lengths, reverse, y, within(g, lengths), need)
+    G = torch.cat([r, z, q, (an + r * q).tanh()], -1)  # T B 4H
+    return backward_gates(dy, None, x, h0, wi, wh, lengths, reverse, y, within(G, lengths), need)
 
 
 _INPUTS = "x h0 wi wh bi bh lengths"
-_BPTT = "h0 wh lengths y g"  # what the loop of backward uses
+_BPTT = "h0 wh lengths y G"  # what the loop of backward uses
 _USES = {"x": "wi", "h0": "", "wi": "x", "wh": "", "bi": "", "bh": ""}
 GATES = Rule(
     "gru_gates",
     forward_gates,
     backward_gates,
     inputs=_INPUTS,
-    outputs="y g",
+    outputs="y G",
     uses={letter: f"{_BPTT} {more}" for letter, more in _USES.items()},
 )
 OUTPUTS = Rule("gru_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="y")

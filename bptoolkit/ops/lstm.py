@@ -11,9 +11,9 @@ Maths     aₜ = Wi xₜ + Wh hₜ₋₁ + b                        four blocks 
           dh ← Whᵀ da        dc ← dc f
           after the loop, each one product over all steps:
           dx = da Wi         dWi = Σₜ daₜᵀ xₜ      dWh = Σₜ daₜᵀ hₜ₋₁      db = Σₜ daₜ      dWr = Σₜ dhₜᵀ mₜ
-Letters   see `recurrent`; *V dimensions that vmap adds; g in the rules is all four activated gates, T B 4H
-Saving    save="gates" keeps x y c and the gates; save="outputs" keeps x y c and makes the gates again from the outputs, in
-          one product over all steps: hₜ₋₁ = yₜ₋₁ is known for every t, so nothing is replayed
+Letters   see `recurrent`; *V dimensions that vmap adds; G the four gates i f g o side by side, T B 4H
+Saving    save="gates" keeps x y c G; save="outputs" keeps x y c and makes G again from the outputs, in one product
+          over all steps: hₜ₋₁ = yₜ₋₁ is known for every t, so nothing is replayed
 Source    Hochreiter & Schmidhuber 1997; the forget gate, Gers et al. 2000; full BPTT, Graves & Schmidhuber 2005
 """
 
@@ -112,8 +112,8 @@ def loop_fake(pre, h0, c0, wh, wr, lengths, reverse, keep):
 def bptt(
     dy: Tensor | None,
     dc: Tensor | None,
-    dg: Tensor | None,
-    g: Tensor,
+    dG: Tensor | None,
+    G: Tensor,
     c: Tensor,
     c0: Tensor,
     wh: Tensor,
@@ -122,22 +122,22 @@ def bptt(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients da, dh0 and dc0 from the cotangents of y, c and the gates; past a row's length all are zero."""
-    T = g.shape[-3]
+    T = G.shape[-3]
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    i, f, n, o = g.chunk(4, -1)
+    i, f, g, o = G.chunk(4, -1)
     tc, cp = c.tanh(), before(c0, c, lengths, reverse)
     # the local derivatives, for all steps at once: the loop holds the carries only
-    ki, kf, kn, ko, kc = n * i * (1 - i), cp * f * (1 - f), i * (1 - n * n), tc * o * (1 - o), o * (1 - tc * tc)
-    slope = None if dg is None else dg * torch.cat([i * (1 - i), f * (1 - f), 1 - n * n, o * (1 - o)], -1)
+    ki, kf, kg, ko, kc = g * i * (1 - i), cp * f * (1 - f), i * (1 - g * g), tc * o * (1 - o), o * (1 - tc * tc)
+    slope = None if dG is None else dG * torch.cat([i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)], -1)
     dct = torch.zeros_like(c[..., 0, :, :])  # *V B H
-    dh, das = c.new_zeros(*dct.shape[:-1], wh.shape[-1]), [g] * T  # *V B P
+    dh, das = c.new_zeros(*dct.shape[:-1], wh.shape[-1]), [G] * T  # *V B P
     for t in order(T, reverse)[::-1]:
         dht = dh if dy is None else dh + dy.select(-3, t)
         dm = dht if wr is None else dht @ wr
         dcn = dct + dm * kc.select(-3, t)
         if dc is not None:
             dcn = dcn + dc.select(-3, t)
-        da = torch.cat([dcn * k.select(-3, t) for k in (ki, kf, kn)] + [dm * ko.select(-3, t)], -1)  # *V B 4H
+        da = torch.cat([dcn * k.select(-3, t) for k in (ki, kf, kg)] + [dm * ko.select(-3, t)], -1)  # *V B 4H
         if slope is not None:
             da = da + slope.select(-3, t)
         das[t] = da
@@ -145,15 +145,15 @@ def bptt(
     return torch.stack(das, -3), dh, dct
 
 
-def bptt_fast(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse):
+def bptt_fast(dy, dc, dG, G, c, c0, wh, wr, lengths, reverse):
     """`bptt` in place, without *V. The local derivatives are made for a few steps at a time, so that they stay in cache."""
-    if dg is not None:  # second order only
-        return bptt(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse)
+    if dG is not None:  # second order only
+        return bptt(dy, dc, dG, G, c, c0, wh, wr, lengths, reverse)
     T, B, H = c.shape
-    da, dct, dh = g.new_empty(g.shape), c.new_zeros(B, H), c.new_zeros(B, wh.shape[-1])
+    da, dct, dh = G.new_empty(G.shape), c.new_zeros(B, H), c.new_zeros(B, wh.shape[-1])
     dht, dm = torch.empty_like(dh), torch.empty_like(dct)
     das, i_f_g, o = da.unbind(0), da[..., : 3 * H].unflatten(-1, (3, H)).unbind(0), da[..., 3 * H :].unbind(0)
-    f, dys, dcs = g[..., H : 2 * H].unbind(0), dy if dy is None else dy.unbind(0), dc if dc is None else dc.unbind(0)
+    f, dys, dcs = G[..., H : 2 * H].unbind(0), dy if dy is None else dy.unbind(0), dc if dc is None else dc.unbind(0)
     freeze = lengths is not None and reverse  # the other way dh and dct are still zero past the lengths
     keeps = valid(T, lengths).unbind(0) if freeze else None
     cps = before(c0, c, lengths, reverse) if freeze else None
@@ -163,7 +163,7 @@ def bptt_fast(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse):
         at = slice(min(ts), max(ts) + 1)
         edge = at.stop if reverse else at.start - 1
         cp = before(c[edge] if 0 <= edge < T else c0, c[at], None, reverse) if cps is None else cps[at]
-        kc = _local(da[at], g[at], c[at], cp).unbind(0)
+        kc = _local(da[at], G[at], c[at], cp).unbind(0)
         for t in ts:
             if behind is None:
                 dht = dh if dy is None else dh + dys[t]
@@ -198,8 +198,8 @@ def _local(A: Tensor, gates: Tensor, c: Tensor, cp: Tensor) -> Tensor:
     return torch.addcmul(o, u, tc, value=-1)  # o (1-tanh² c)
 
 
-def bptt_fake(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse):
-    return g.new_empty(g.shape), g.new_empty(*c0.shape[:-1], wh.shape[-1]), g.new_empty(c0.shape)
+def bptt_fake(dy, dc, dG, G, c, c0, wh, wr, lengths, reverse):
+    return G.new_empty(G.shape), G.new_empty(*c0.shape[:-1], wh.shape[-1]), G.new_empty(c0.shape)
 
 
 LOOP = Opaque("lstm_loop", loop, loop_fake, vmap="leading", fast=folded("tbbwwl", loop_fast, loop))
@@ -218,21 +218,21 @@ def forward_outputs(x, h0, c0, wi, wh, b, wr, lengths, reverse):
     return LOOP(pre, h0, c0, wh, wr, lengths, reverse, False)[:2]
 
 
-def backward_gates(dy, dc, dg, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, g, need):
-    dy, dc, dg, x = (within(t, lengths) for t in (dy, dc, dg, x))
-    da, dh0, dc0 = BPTT(dy, dc, dg, g, c, c0, wh, wr, lengths, reverse)  # T B 4H, B P, B H
+def backward_gates(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, G, need):
+    dy, dc, dG, x = (within(t, lengths) for t in (dy, dc, dG, x))
+    da, dh0, dc0 = BPTT(dy, dc, dG, G, c, c0, wh, wr, lengths, reverse)  # T B 4H, B P, B H
     dx = da @ wi if need.x else None  # T B I
     dwi = over_time(da, x) if need.wi else None  # 4H I
     dwh = over_time(da, before(h0, y, lengths, reverse)) if need.wh else None  # 4H P
     db = da.sum((0, 1)) if need.b else None  # 4H
-    dwr = over_time(_dh(dy, da, wh, reverse), g.chunk(4, -1)[3] * c.tanh()) if need.wr else None  # P H
+    dwr = over_time(_dh(dy, da, wh, reverse), G.chunk(4, -1)[3] * c.tanh()) if need.wr else None  # P H
     return dx, dh0, dc0, dwi, dwh, db, dwr, None
 
 
 def backward_outputs(dy, dc, x, h0, c0, wi, wh, b, wr, lengths, reverse, y, c, need):
     x = within(x, lengths)
-    g = _gates(x, before(h0, y, lengths, reverse), wi, wh, b)  # T B 4H
-    return backward_gates(dy, dc, None, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, within(g, lengths), need)
+    G = _gates(x, before(h0, y, lengths, reverse), wi, wh, b)  # T B 4H
+    return backward_gates(dy, dc, None, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, within(G, lengths), need)
 
 
 def _gates(x, hp, wi, wh, b):
@@ -258,14 +258,14 @@ def _dh(dy, da, wh, reverse):
 
 
 _INPUTS = "x h0 c0 wi wh b wr lengths"
-_BPTT = "c0 wh wr lengths c g"  # what the loop of backward uses
+_BPTT = "c0 wh wr lengths c G"  # what the loop of backward uses
 _USES = {"x": "wi", "h0": "", "c0": "", "wi": "x", "wh": "h0 y", "b": "", "wr": ""}
 GATES = Rule(
     "lstm_gates",
     forward_gates,
     backward_gates,
     inputs=_INPUTS,
-    outputs="y c g",
+    outputs="y c G",
     uses={letter: f"{_BPTT} {more}" for letter, more in _USES.items()},
 )
 OUTPUTS = Rule("lstm_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="y c")

@@ -59,7 +59,7 @@ def last(s0: Tensor, s: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor
     """The state after a row's last step: B H; of an empty row, s0."""
     if lengths is None:
         return s[0 if reverse else -1]
-    at = torch.zeros_like(lengths) if reverse else (lengths - 1).clamp(min=0)
+    at = torch.zeros_like(lengths) if reverse else (lengths - 1).clamp(0, s.shape[0] - 1)
     picked = s.gather(0, at.reshape(1, -1, 1).expand(1, *s.shape[1:])).squeeze(0)
     return torch.where((lengths > 0).unsqueeze(-1), picked, s0)
 
