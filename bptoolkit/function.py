@@ -280,6 +280,8 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
                 ctx.set_materialize_grads(False)
             if constants:
                 ctx.mark_non_differentiable(*(outputs[c] for c in constants))
+                # on what an inner vmap has batched the mark has no effect, and jvp has to return a tangent for it
+                ctx.unmarked = [c for c in constants if torch._C._functorch.is_batchedtensor(outputs[c])]
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
@@ -317,10 +319,9 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
             out: list[Any] = [None] * len(rule.outputs)
             for k, p in zip(live, pushed):
                 out[k] = p
-            if type(ctx).__name__ == "CtxWithSavedTensors":  # below a vmap, mark_non_differentiable has had no effect
-                for k in constants:
-                    shape, dtype, device = ctx.like[k]
-                    out[k] = torch.zeros(shape, dtype=dtype, device=device) if dtype.is_floating_point else None
+            for k in ctx.unmarked if constants else ():
+                shape, dtype, device = ctx.like[k]
+                out[k] = torch.zeros(shape, dtype=dtype, device=device) if dtype.is_floating_point else None
             return out[0] if single else tuple(out)
 
     F.__name__ = F.__qualname__ = "".join(w.capitalize() for w in rule.name.split("_")) + "Function"

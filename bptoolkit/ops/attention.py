@@ -14,13 +14,12 @@ Numerics  scores, O's sums and lse in float32 for half inputs; a row that is mas
 Source    Vaswani et al. 2017, eq. 1; the backward by tiles: Dao et al. 2022 (FlashAttention), algorithm 4; the second order is
           derived in docs/attention.md
 
-No pass keeps an L × S matrix: forward, backward and the backward's backward are loops over tiles (`attention_blocks.py`). The
-plain functions here say the same with whole matrices. Third derivatives are autograd's of the plain second order.
+No pass keeps an L × S matrix: forward, backward and the backward's backward are loops over tiles (`attention_blocks.py`).
+`attention_plain.py` says the same in whole matrices; third derivatives and reverse over forward mode are autograd's of it.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -33,124 +32,29 @@ from bptoolkit.function import Rule, _transforms_active
 from bptoolkit.op import LOW, Op
 from bptoolkit.opaque import Opaque, _legacy_batched
 from bptoolkit.ops import attention_blocks as blocks
-from bptoolkit.ops.attention_tiles import to_mask, wide
-
-# The plain form: whole matrices, differentiable ----------------------------------------------------------------------------
-
-
-def scores(q: Tensor, k: Tensor, m: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-    """S = σ Q Kᵀ + M."""
-    s = q @ k.mT * (scale if scale is not None else max(q.shape[-1], 1) ** -0.5)  # *B L S
-    if causal:
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -math.inf)
-    if m is not None:
-        s = s.masked_fill(~m, -math.inf) if m.dtype == torch.bool else s + m
-    return s
-
-
-def probabilities(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P, and the largest score and l of every row: 0 and 1 where the row is masked out wholly."""
-    if s.shape[-1] == 0:
-        top = s.new_zeros(s.shape[:-1])
-        return s, top, top + 1
-    top = s.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).min)  # *B L 1
-    e = torch.exp(s - top)
-    l = e.sum(-1, keepdim=True)
-    nothing = l == 0
-    l = l.masked_fill(nothing, 1)
-    return e / l, top.masked_fill(nothing, 0).squeeze(-1), l.squeeze(-1)
-
-
-def _widen(*tensors: Tensor | None) -> list[Any]:
-    return [t.to(wide(t.dtype)) if t is not None and t.is_floating_point() else t for t in tensors]
-
-
-def _keep_fake(q: Tensor, k: Tensor, seed: Tensor, causal: bool, p: float) -> Tensor:
-    return q.new_empty((*q.shape[:-1], k.shape[-2]), dtype=wide(q.dtype))
-
-
-def _keep(q: Tensor, k: Tensor, seed: Tensor, causal: bool, p: float) -> Tensor:
-    return blocks.keep(q, k, seed, causal, p)
-
-
-KEEP = Opaque("attention_keep", _keep, _keep_fake, vmap="leading")
-
-
-def _dropout_factor(q: Tensor, k: Tensor, seed: Tensor | None, causal: bool, p: float) -> Tensor | None:
-    return None if seed is None else KEEP(q.detach(), k.detach(), seed, causal, p)
-
-
-def _times(t: Tensor, z: Tensor | None) -> Tensor:
-    return t if z is None else t * z
-
+from bptoolkit.ops import attention_plain as plain
+from bptoolkit.ops.attention_plain import nothing
+from bptoolkit.ops.attention_tiles import wide
 
 # The three loops, as nodes of a graph --------------------------------------------------------------------------------------
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, seed: Tensor | None, causal: bool, scale: float | None, p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, z = q.dtype, _dropout_factor(q, k, seed, causal, p)
-    q, k, v, m = _widen(q, k, v, m)
-    P, top, l = probabilities(scores(q, k, m, causal, scale))
-    o = (_times(P, z) @ v).to(dtype)  # *B L Ev
-    return o, top + l.log(), l
-
-
-def _attend_fake(q, k, v, m, seed, causal, scale, p):
+def _forward_fake(q, k, v, m, seed, causal, scale, p):
     row = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
     return q.new_empty((*q.shape[:-1], v.shape[-1])), row, torch.empty_like(row)
 
 
-ATTEND = Opaque("attention", _attend, _attend_fake, vmap="leading", fast=blocks.forward)
-
-
-def _none(like: Tensor) -> Tensor:
-    """What stands for a gradient that was not asked for."""
-    return like.new_empty((*like.shape[:-2], 0, 0))
-
-
-def _backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    m: Tensor | None,
-    seed: Tensor | None,
-    o: Tensor | None,
-    lse: Tensor,
-    l: Tensor,
-    causal: bool,
-    scale: float | None,
-    p: float,
-    need: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = _dropout_factor(q, k, seed, causal, p)
-    Do, Q, K, V, M, O = _widen(do, q, k, v, m, o)
-    P = probabilities(scores(Q, K, M, causal, scale))[0]
-    dv = (_times(P, z).mT @ Do).to(do.dtype) if "v" in need else _none(q)
-    if need in ("", "v"):
-        return _none(q), _none(q), dv, _none(q)
-    s = scale if scale is not None else max(q.shape[-1], 1) ** -0.5
-    D = (Do * O).sum(-1) - (0 if dlse is None else dlse)  # *B L
-    ds = P * (_times(Do @ V.mT, z) - D.unsqueeze(-1))  # *B L S
-    return (
-        (ds @ K * s).to(q.dtype) if "q" in need else _none(q),
-        (ds.mT @ Q * s).to(k.dtype) if "k" in need else _none(q),
-        dv,
-        to_mask(ds, m).to(m.dtype) if m is not None and "m" in need else _none(q),
-    )
+ATTEND = Opaque("attention", plain.forward, _forward_fake, vmap="leading", fast=blocks.forward)
 
 
 def _backward_fast(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
     grads = blocks.backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need)
-    return tuple(_none(q) if g is None else g for g in grads)
+    return tuple(nothing(q) if g is None else g for g in grads)
 
 
 def _backward_fake(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
     shapes = {"q": q.shape, "k": k.shape, "v": (*k.shape[:-1], do.shape[-1]), "m": None if m is None else m.shape}
-    return tuple(q.new_empty(shapes[x], dtype=m.dtype if x == "m" else q.dtype) if x in need else _none(q) for x in "qkvm")
+    return tuple(q.new_empty(shapes[x], dtype=m.dtype if x == "m" else q.dtype) if x in need else nothing(q) for x in "qkvm")
 
 
 def _double(cotangents, need, *args):
@@ -161,58 +65,11 @@ def _double(cotangents, need, *args):
     if all(g is None for g in (a, b, c, e)):
         return [None if not n else torch.zeros_like(t) for n, t in zip(need, args)]
     if _transforms_active() or _legacy_batched((*cotangents, *args)):
-        grads = _double_plain(a, b, c, e, *args[:-1], wanted)
+        grads = plain.double_backward(a, b, c, e, *args[:-1], wanted)
     else:
         with torch.no_grad():
             grads = blocks.double_backward(a, b, c, e, *args[:-1], wanted)
     return [*grads, None, None, None, None]
-
-
-def _double_plain(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
-    """The same in whole matrices, and from do, dlse, q, k, v and m alone: so it can be differentiated again."""
-    dtype, z = q.dtype, _dropout_factor(q, k, seed, causal, p)
-    do, dlse, q, k, v, M, a, b, c, e = _widen(do, dlse, q, k, v, m, a, b, c, e)
-    s = scale if scale is not None else max(q.shape[-1], 1) ** -0.5
-    P = probabilities(scores(q, k, M, causal, scale))[0]
-    R = _times(P, z)
-    zero = torch.zeros_like(P)
-    U = zero
-    if a is not None:
-        U = U + s * (a @ k.mT)
-    if b is not None:
-        U = U + s * (q @ b.mT)
-    if e is not None:
-        U = U + e
-    u = (P * U).sum(-1, keepdim=True)  # *B L 1
-    C = zero if c is None else _times(do @ c.mT, z)
-    if v is None:  # then nothing but c came, and U is 0
-        X = O = zero
-    else:
-        O = R @ v
-        D = (do * O).sum(-1, keepdim=True) - (0 if dlse is None else dlse.unsqueeze(-1))
-        X = _times(do @ v.mT, z) - D
-    w = (P * (U * X + C)).sum(-1, keepdim=True)
-    W = P * ((U - u) * X + C - (w if dlse is None else w - u * dlse.unsqueeze(-1)))
-    dS = P * X
-
-    def total(*terms):
-        return sum(t for t in terms if t is not None)
-
-    g_do = gq = gk = None
-    if "o" in need:
-        g_do = total(None if v is None else (R * U) @ v - u * O, None if c is None else R @ c)
-    if "q" in need:
-        gq = s * total(W @ k, None if b is None else dS @ b)
-    if "k" in need:
-        gk = s * total(W.mT @ q, None if a is None else dS.mT @ a)
-    return (
-        None if g_do is None else g_do.to(dtype),
-        u.squeeze(-1) if "l" in need else None,
-        None if gq is None else gq.to(dtype),
-        None if gk is None else gk.to(dtype),
-        ((R * (U - u)).mT @ do).to(dtype) if "v" in need else None,
-        to_mask(W, m).to(m.dtype) if "m" in need else None,
-    )
 
 
 def _push(tangents, *args):
@@ -228,10 +85,12 @@ def _push(tangents, *args):
         need = [False, False, *asked_of, False, False, False, False]
         second = BACKWARD.vjp((dq, dk, dv, dm), need, *args[:-1], "qkvm")[2:6]
         out = [x if y is None else y if x is None else x + y for x, y in zip(out, second)]
-    return tuple(torch.zeros_like(_none(q)) if t is None else t for t in out)
+    return tuple(torch.zeros_like(nothing(q)) if t is None else t for t in out)
 
 
-BACKWARD = Opaque("attention_backward", _backward, _backward_fake, vmap="leading", vjp=_double, jvp=_push, fast=_backward_fast)
+BACKWARD = Opaque(
+    "attention_backward", plain.backward, _backward_fake, vmap="leading", vjp=_double, jvp=_push, fast=_backward_fast
+)
 
 
 # The rule ------------------------------------------------------------------------------------------------------------------

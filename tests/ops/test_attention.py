@@ -17,7 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacrev, vmap
 
 import bptoolkit as bp
-from bptoolkit.ops import attention, attention_tiles
+from bptoolkit.ops import attention_plain, attention_tiles
 from bptoolkit.ops.attention import RULE, reference
 
 sdpa = bp.functional.scaled_dot_product_attention
@@ -113,6 +113,17 @@ def test_hessians(small_tiles, kind):
     batch = torch.stack([xs[0], xs[0].cos()])
     got = vmap(hessian(lambda q: ours(q, *xs[1:]).sin().sum()))(batch)
     close(got, torch.stack([hessian(lambda q: theirs(q, *xs[1:]).sin().sum())(b) for b in batch]))
+
+
+def test_forward_mode_outside_a_vmap_that_does_not_batch_the_inputs():
+    """Where the constant output l is not batched either, and must have no tangent."""
+    q, k, v = (t.detach() for t in qkv(2))
+    factors = torch.randn(3, dtype=DOUBLE)
+
+    def f(fn):
+        return torch.func.jvp(lambda q: vmap(lambda y: fn(q, k, v).sin() * y)(factors), (q,), (q.cos(),))[1]
+
+    close(f(sdpa), f(reference))
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -226,7 +237,7 @@ def keep_of(q, k, p, causal=False):
     state = torch.get_rng_state()
     seed = torch.randint(0, 1 << 62, (), dtype=torch.int64)
     torch.set_rng_state(state)
-    return attention.KEEP(q.detach(), k.detach(), seed, causal, p)
+    return attention_plain.KEEP(q.detach(), k.detach(), seed, causal, p)
 
 
 def dropped(z, causal=False):
