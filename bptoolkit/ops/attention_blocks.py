@@ -19,7 +19,7 @@ from bptoolkit.ops.attention_tiles import Tile, Tiles
 def forward(q, k, v, m, seed, causal, scale, p):
     """O, lse and l, with the running maximum of Milakov & Gimelshein 2018."""
     t = Tiles(q, k, m, seed, causal, scale, p)
-    v, o = t.flat(v), t.sums(t.L, v.shape[-1])
+    v, o = t.flat(v), t.sums(v.shape[-1])
     top, l = t.zeros(t.L, 1), t.zeros(t.L, 1).add_(1)
     lowest = torch.finfo(t.dtype).min
     for band in t.bands():
@@ -38,40 +38,39 @@ def forward(q, k, v, m, seed, causal, scale, p):
             if c:
                 shrink = t.exp(t0 - t1)  # noqa: F821
                 l1.add_(shrink.mul(l0))  # noqa: F821
-                block.mul_(shrink)  # noqa: F821
-            block = o.add(n, I, s, v[n, J])
+                o.at(n, I).mul_(shrink)
+            o.at(n, I).baddbmm_(s, v[n, J])
             t0, l0 = t1, l1
         if band:
             if m is not None:
                 nothing = l0 == 0
                 l0.masked_fill_(nothing, 1)
                 t0.masked_fill_(nothing, 0)
-            block.div_(l0)
+            o.at(n, I).div_(l0)
             top[n, I], l[n, I] = t0, l0
     lse = top.div_(t.unit).add_(l.log())
-    return o.whole(q.dtype), t.back(lse, t.dtype).squeeze(-1), t.back(l, t.dtype).squeeze(-1)
+    return o.whole(t.L, q.dtype), t.back(lse, t.dtype).squeeze(-1), t.back(l, t.dtype).squeeze(-1)
 
 
 def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
     """dQ, dK, dV, dM: those that `need` names, else None."""
     t = Tiles(q, k, m, seed, causal, scale, p)
-    (top, r), do = t.shifts(lse, l), t.flat(do)  # P = r exp(S − top): r is put into do and D, not into P
-    if r is not None:
-        do = do * r
-    dq = t.sums(t.L, q.shape[-1]) if "q" in need else None
-    dk = t.sums(t.S, k.shape[-1]) if "k" in need else None
-    dv = t.sums(t.S, do.shape[-1]) if "v" in need else None
+    r = t.column(l).reciprocal()
+    top, do = t.top(lse, l), t.flat(do) * r  # P = exp(S − top) r: r is put into do and D, not into P
+    dq = t.sums(q.shape[-1]) if "q" in need else None
+    dk = t.sums(k.shape[-1]) if "k" in need else None
+    dv = t.sums(do.shape[-1]) if "v" in need else None
     dm = t.mask_zeros() if "m" in need else None
     scores = "q" in need or "k" in need or "m" in need
     if scores:
         v, D = t.flat(v), (do * t.flat(o)).sum(-1, keepdim=True)
         if dlse is not None:
-            D -= t.column(dlse) if r is None else t.column(dlse) * r
+            D -= t.column(dlse) * r
     for tile in t:
         n, I, J = tile.n, tile.I, tile.J
         e, z = t.exp(t.scores(tile, minus=top)), t.keep(tile)
         if dv is not None:
-            dv.add(n, J, (e if z is None else torch.mul(e, z, out=t.buffer("x", tile))).mT, do[n, I])
+            dv.at(n, J).baddbmm_((e if z is None else torch.mul(e, z, out=t.buffer("x", tile))).mT, do[n, I])
         if not scores:
             continue
         if z is None:
@@ -79,15 +78,15 @@ def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
         else:
             ds = torch.bmm(do[n, I], v[n, J].mT, out=t.buffer("x", tile)).mul_(z).sub_(D[n, I]).mul_(e)
         if dq is not None:
-            dq.add(n, I, ds, t.k[n, J], alpha=t.scale)
+            dq.at(n, I).baddbmm_(ds, t.k[n, J], alpha=t.scale)
         if dk is not None:
-            dk.add(n, J, ds.mT, t.q[n, I], alpha=t.scale)
+            dk.at(n, J).baddbmm_(ds.mT, t.q[n, I], alpha=t.scale)
         if dm is not None:
             t.add_to_mask(dm, tile, ds)
     return (
-        None if dq is None else dq.whole(q.dtype),
-        None if dk is None else dk.whole(k.dtype),
-        None if dv is None else dv.whole(k.dtype),
+        None if dq is None else dq.whole(t.L, q.dtype),
+        None if dk is None else dk.whole(t.S, k.dtype),
+        None if dv is None else dv.whole(t.S, k.dtype),
         None if dm is None else dm.reshape(m.shape).to(m.dtype),
     )
 
@@ -99,7 +98,7 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
     of o, lse and l on q, k, v and m is inside the formulas. Two sweeps: the rows' statistics u and w, then the tiles.
     """
     t = Tiles(q, k, m, seed, causal, scale, p)
-    top, r = t.shifts(lse, l)
+    r, top = t.column(l).reciprocal(), t.top(lse, l)
     do_, dlse = t.flat(do), None if dlse is None else t.column(dlse)
     a = None if a is None else t.flat(a) * t.scale
     b = None if b is None else t.flat(b) * t.scale
@@ -112,10 +111,10 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
         if dlse is not None:
             D -= dlse
     u, w = t.zeros(t.L, 1), t.zeros(t.L, 1)
-    gdo = t.sums(t.L, do.shape[-1]) if "o" in need else None
-    gq = t.sums(t.L, q.shape[-1]) if "q" in need else None
-    gk = t.sums(t.S, k.shape[-1]) if "k" in need else None
-    gv = t.sums(t.S, do.shape[-1]) if "v" in need else None
+    gdo = t.sums(do.shape[-1]) if "o" in need else None
+    gq = t.sums(q.shape[-1]) if "q" in need else None
+    gk = t.sums(k.shape[-1]) if "k" in need else None
+    gv = t.sums(do.shape[-1]) if "v" in need else None
     gm = t.mask_zeros() if "m" in need else None
     scores = "q" in need or "k" in need or "m" in need
 
@@ -123,8 +122,7 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
         return x if z is None else x.mul_(z)
 
     def P(tile: Tile) -> Tensor:
-        e = t.exp(t.scores(tile, minus=top))
-        return e if r is None else e.mul_(r[tile.n, tile.I])
+        return t.exp(t.scores(tile, minus=top)).mul_(r[tile.n, tile.I])
 
     def U(tile: Tile) -> Tensor:
         n, I, J = tile.n, tile.I, tile.J
@@ -159,11 +157,11 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
         if gdo is not None:
             drop(p_, z)
             if c is not None:
-                gdo.add(n, I, p_, c[n, J])
+                gdo.at(n, I).baddbmm_(p_, c[n, J])
             if has_u:
-                gdo.add(n, I, p_.mul_(u_), v[n, J])
+                gdo.at(n, I).baddbmm_(p_.mul_(u_), v[n, J])
     if gdo is not None:
-        gdo = gdo.whole(t.dtype)
+        gdo = gdo.whole(t.L, t.dtype)
         gdo = (gdo - t.back(u * o, t.dtype) if has_u else gdo).to(do.dtype)
     if dlse is not None:
         w -= u * dlse
@@ -184,23 +182,23 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
                 W += C(tile, z)
             W *= p_
             if gq is not None:
-                gq.add(n, I, W, t.k[n, J], alpha=t.scale)
+                gq.at(n, I).baddbmm_(W, t.k[n, J], alpha=t.scale)
                 if b is not None:
-                    gq.add(n, I, ds, b[n, J])
+                    gq.at(n, I).baddbmm_(ds, b[n, J])
             if gk is not None:
-                gk.add(n, J, W.mT, t.q[n, I], alpha=t.scale)
+                gk.at(n, J).baddbmm_(W.mT, t.q[n, I], alpha=t.scale)
                 if a is not None:
-                    gk.add(n, J, ds.mT, a[n, I])
+                    gk.at(n, J).baddbmm_(ds.mT, a[n, I])
             if gm is not None:
                 t.add_to_mask(gm, tile, W)
         if gv is not None and has_u:
-            gv.add(n, J, drop(p_.mul_(u_), z).mT, do_[n, I])
+            gv.at(n, J).baddbmm_(drop(p_.mul_(u_), z).mT, do_[n, I])
     return (
         gdo,
         t.back(u, t.dtype).squeeze(-1) if "l" in need else None,
-        None if gq is None else gq.whole(q.dtype),
-        None if gk is None else gk.whole(k.dtype),
-        None if gv is None else gv.whole(k.dtype),
+        None if gq is None else gq.whole(t.L, q.dtype),
+        None if gk is None else gk.whole(t.S, k.dtype),
+        None if gv is None else gv.whole(t.S, k.dtype),
         None if gm is None else gm.reshape(m.shape).to(m.dtype),
     )
 

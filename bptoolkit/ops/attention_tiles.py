@@ -83,10 +83,9 @@ class Tiles:
         """(*B, L) -> (N, L, 1)."""
         return t.reshape(self.N, self.L, 1).to(self.dtype)
 
-    def shifts(self, lse: Tensor, l: Tensor) -> tuple[Tensor, Tensor | None]:
-        """T in `unit`s and r, (N, L, 1), such that P = r exp(S − T); r is None for 1."""
-        lse, l = self.column(lse), self.column(l)
-        return (lse * self.unit, None) if self.unit != 1 else (lse - l.log(), l.reciprocal())
+    def top(self, lse: Tensor, l: Tensor) -> Tensor:
+        """(*B, L), (*B, L) -> the largest score of every row in `unit`s, (N, L, 1)."""
+        return (self.column(lse) - self.column(l).log()).mul_(self.unit)
 
     def zeros(self, rows: int, columns: int) -> Tensor:
         """(N, rows, columns), to add up in."""
@@ -96,9 +95,9 @@ class Tiles:
         """(N, a, b) -> (*B, a, b)."""
         return t.reshape(*self.batch, *t.shape[1:]).to(dtype)
 
-    def sums(self, rows: int, columns: int) -> Sums:
-        """(N, rows, columns), to add products up in."""
-        return Sums(self, rows, columns)
+    def sums(self, columns: int) -> Sums:
+        """Matrices of L or S rows, to add up in."""
+        return Sums(self, columns)
 
     def bands(self) -> Iterator[list[Tile]]:
         """For some samples and rows at a time, the tiles of the columns they may see."""
@@ -178,41 +177,29 @@ class Tiles:
 
 
 class Sums:
-    """Sums of products over tiles: (N, rows, columns), each block of rows in memory of its own.
+    """Sums over tiles: (N, L or S, columns), each block of rows on its own.
 
     A slice of the whole would not be contiguous, and torch's bmm goes through the samples one by one to write into such.
     """
 
-    def __init__(self, tiles: Tiles, rows: int, columns: int) -> None:
-        self.tiles, self.shape = tiles, (tiles.N, rows, columns)
+    def __init__(self, tiles: Tiles, columns: int) -> None:
+        self.tiles, self.columns = tiles, columns
         self.blocks: dict[tuple[int, int], tuple[slice, slice, Tensor]] = {}
-        self.all: Tensor | None = None  # where all rows are one block
 
-    def add(self, n: slice, rows: slice, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-        """Add alpha a b to the block of some samples and rows; returns the block."""
-        found = self.blocks.get((n.start, rows.start))
-        if found is not None:
-            return found[2].baddbmm_(a, b, alpha=alpha)
-        block = self._new(n, rows)
-        self.blocks[n.start, rows.start] = n, rows, block
-        return torch.baddbmm(block, a, b, beta=0, alpha=alpha, out=block)
+    def at(self, n: slice, rows: slice) -> Tensor:
+        """The block of some samples and rows; zeros at first."""
+        key = (n.start, rows.start)
+        if key not in self.blocks:
+            shape = (n.stop - n.start, rows.stop - rows.start, self.columns)
+            self.blocks[key] = n, rows, torch.zeros(shape, dtype=self.tiles.dtype, device=self.tiles.device)
+        return self.blocks[key][2]
 
-    def _new(self, n: slice, rows: slice) -> Tensor:
-        shape, dtype, device = (n.stop - n.start, rows.stop - rows.start, self.shape[2]), self.tiles.dtype, self.tiles.device
-        if shape[1] < self.shape[1]:
-            return torch.empty(shape, dtype=dtype, device=device)
-        if self.all is None:
-            self.all = torch.empty(self.shape, dtype=dtype, device=device)
-        return self.all[n]
-
-    def whole(self, dtype: torch.dtype) -> Tensor:
+    def whole(self, rows: int, dtype: torch.dtype) -> Tensor:
         """All of it: (*B, rows, columns)."""
-        out = self.all
-        if out is None:
-            out = torch.zeros(self.shape, dtype=dtype, device=self.tiles.device)
-            for n, rows, block in self.blocks.values():
-                out[n, rows] = block
-        return out.view(*self.tiles.batch, *self.shape[1:]).to(dtype)
+        out = torch.zeros(self.tiles.N, rows, self.columns, dtype=dtype, device=self.tiles.device)
+        for n, I, block in self.blocks.values():
+            out[n, I] = block
+        return out.view(*self.tiles.batch, *out.shape[1:])
 
 
 def _pieces(batch: Sequence[int], most: int) -> Iterator[tuple[slice, tuple[slice, ...], tuple[int, ...]]]:
