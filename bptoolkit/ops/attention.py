@@ -9,7 +9,8 @@ Twice     at cotangents a, b, c, e of dQ, dK, dV, dM:      U = σ (a Kᵀ + Q b�
           W = P∘((U − u)∘X + Z∘C − (w − u dlse))
           gQ = σ (W K + dS b)      gK = σ (Wᵀ Q + dSᵀ a)      gV = (P∘Z∘(U − u))ᵀ dO      gM = W, summed
 Letters   *B batch and heads; L queries, rows i; S keys, columns j; E, Ev features; M the additive mask (−inf where a boolean or
-          causal mask hides); Z the dropout factor, 0 or 1/(1 − p); ∘ elementwise; l = Σⱼ exp(Sᵢⱼ − maxᵢ), kept beside lse
+          causal mask hides); Z the dropout factor, 0 or 1/(1 − p); ∘ elementwise; kept
+          are o, a row's largest score (top) and l = Σⱼ exp(Sᵢⱼ − topᵢ)
 Numerics  scores, O's sums and lse in float32 for half inputs; a row that is masked out wholly gives 0 and gradients 0
 Source    Vaswani et al. 2017, eq. 1; the backward by tiles: Dao et al. 2022 (FlashAttention), algorithm 4; the second order is
           derived in docs/attention.md
@@ -41,24 +42,24 @@ from bptoolkit.ops.attention_tiles import wide
 
 def _forward_fake(q, k, v, m, seed, causal, scale, p):
     row = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), row, torch.empty_like(row)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), row, torch.empty_like(row), torch.empty_like(row)
 
 
 ATTEND = Opaque("attention", plain.forward, _forward_fake, vmap="leading", fast=blocks.forward)
 
 
-def _backward_fast(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
-    grads = blocks.backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need)
+def _backward_fast(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
+    grads = blocks.backward(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need)
     return tuple(nothing(q) if g is None else g for g in grads)
 
 
-def _backward_fake(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
+def _backward_fake(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
     shapes = {"q": q.shape, "k": k.shape, "v": (*k.shape[:-1], do.shape[-1]), "m": None if m is None else m.shape}
     return tuple(q.new_empty(shapes[x], dtype=m.dtype if x == "m" else q.dtype) if x in need else nothing(q) for x in "qkvm")
 
 
 def _double(cotangents, need, *args):
-    """The vjp of backward. `need`: do, dlse, q, k, v, m, seed, o, lse, l; the last three are hints and get nothing."""
+    """The vjp of backward. `need`: do, dlse, q, k, v, m, seed, o, top, l; the last four are hints and get nothing."""
     asked = args[-1]
     a, b, c, e = (g if x in asked else None for g, x in zip(cotangents, "qkvm"))
     wanted = "".join(x for x, n in zip("olqkvm", need) if n)
@@ -100,15 +101,15 @@ def forward(q, k, v, m, seed, causal, scale, p):
     return ATTEND(q, k, v, m, seed, causal, scale, p)
 
 
-def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
+def backward(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
     asked = "".join(x for x, n in zip("qkvm", need) if n)
     if do is None:  # only lse was used, which does not depend on v
         if v is None:
             return None, None, None, None, None
         do = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    # o, lse and l tell the tiles what they need not recompute; how they depend on q, k, v, m is inside the formulas
+    # o, top and l tell the tiles what they need not recompute; how they depend on q, k, v, m is inside the formulas
     o = None if o is None else o.detach()
-    grads = BACKWARD(do, dlse, q, k, v, m, seed, o, lse.detach(), l, causal, scale, p, asked)
+    grads = BACKWARD(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, asked)
     return *(g if n else None for g, n in zip(grads, need)), None
 
 
@@ -117,9 +118,9 @@ RULE = Rule(
     forward,
     backward,
     inputs="q k v m seed",
-    outputs="o lse l",
-    constants="l",
-    uses={"v": "q k m seed lse l"},
+    outputs="o lse top l",
+    constants="top l",
+    uses={"v": "q k m seed top l"},
 )
 
 

@@ -3,9 +3,9 @@
 The L × S matrices of the maths (P, dS, U, W ...) exist one tile at a time: some samples of the batch, rows I, columns J. A tile
 is recomputed from q, k and two numbers per row, so nothing of that size is kept between the passes.
 
-Letters as in `bptoolkit.ops.attention`. A row's probabilities are P = exp(S − t)/l with t its largest score and
-l = Σ exp(S − t). They are kept as lse = t + log l and l, not as lse alone: a mask of −1e38 in a whole row would swallow log l,
-and P would be too large by l, as happens in other kernels. A row that is masked out wholly has lse = 0 and l = 1, hence P = 0.
+Letters as in `bptoolkit.ops.attention`. A row's probabilities are P = exp(S − T)/l with T its largest score and
+l = Σ exp(S − T). T and l are kept, and not lse = T + log l alone: P would be less exact, and wrong where an additive mask of
+−1e38 in a whole row swallows log l. A row that is masked out wholly has T = 0 and l = 1, hence P = 0.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ from bptoolkit.ops.attention_tiles import Tile, Tiles
 
 
 def forward(q, k, v, m, seed, causal, scale, p):
-    """O, lse and l, with the running maximum of Milakov & Gimelshein 2018."""
-    t = Tiles(q, k, m, seed, causal, scale, p)
-    v, o = t.flat(v), t.sums(v.shape[-1])
+    """O, lse, T and l, with the running maximum of Milakov & Gimelshein 2018."""
+    t = Tiles(q, k, m, seed, causal, scale, p, large=True)
+    v, o = t.flat(v), t.sums(t.L, v.shape[-1])
     top, l = t.zeros(t.L, 1), t.zeros(t.L, 1).add_(1)
-    lowest = torch.finfo(t.dtype).min
+    lowest = torch.finfo(t.dtype).min / (1 if t.unit == 1 else 2)  # finite in `unit`s too
     for band in t.bands():
         for c, tile in enumerate(band):
             n, I, J = tile.n, tile.I, tile.J
             s = t.scores(tile)
-            t1 = s.amax(-1, keepdim=True)
+            t1 = s.amax(-1, keepdim=True).div_(t.unit)
             if m is not None:
                 t1.clamp_min_(lowest)  # all masked: exp(−inf − lowest) is 0, exp(−inf + inf) is not
             if c:
                 t1 = torch.maximum(t0, t1)  # noqa: F821
-            l1 = t.exp(s.sub_(t1)).sum(-1, keepdim=True)
+            l1 = t.exp(s.sub_(t1 * t.unit)).sum(-1, keepdim=True)
             z = t.keep(tile)
             if z is not None:
                 s *= z
             if c:
-                shrink = t.exp(t0 - t1)  # noqa: F821
+                shrink = torch.exp(t0 - t1)  # noqa: F821
                 l1.add_(shrink.mul(l0))  # noqa: F821
-                o.at(n, I).mul_(shrink)
-            o.at(n, I).baddbmm_(s, v[n, J])
+                block.mul_(shrink)  # noqa: F821
+            block = o.add(n, I, s, v[n, J])
             t0, l0 = t1, l1
         if band:
             if m is not None:
                 nothing = l0 == 0
                 l0.masked_fill_(nothing, 1)
                 t0.masked_fill_(nothing, 0)
-            o.at(n, I).div_(l0)
+            block.div_(l0)
             top[n, I], l[n, I] = t0, l0
-    lse = top.div_(t.unit).add_(l.log())
-    return o.whole(t.L, q.dtype), t.back(lse, t.dtype).squeeze(-1), t.back(l, t.dtype).squeeze(-1)
+    top, l = (t.back(x, t.dtype).squeeze(-1) for x in (top, l))
+    return o.whole(q.dtype), top + l.log(), top, l
 
 
-def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
+def backward(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
     """dQ, dK, dV, dM: those that `need` names, else None."""
     t = Tiles(q, k, m, seed, causal, scale, p)
-    r = t.column(l).reciprocal()
-    top, do = t.top(lse, l), t.flat(do) * r  # P = exp(S − top) r: r is put into do and D, not into P
-    dq = t.sums(q.shape[-1]) if "q" in need else None
-    dk = t.sums(k.shape[-1]) if "k" in need else None
-    dv = t.sums(do.shape[-1]) if "v" in need else None
+    top, r = t.column(top) * t.unit, t.column(l).reciprocal()
+    do = t.flat(do) * r  # P = r exp(S − T): r is put into do and D, not into P
+    dq = t.sums(t.L, q.shape[-1]) if "q" in need else None
+    dk = t.sums(t.S, k.shape[-1]) if "k" in need else None
+    dv = t.sums(t.S, do.shape[-1]) if "v" in need else None
     dm = t.mask_zeros() if "m" in need else None
     scores = "q" in need or "k" in need or "m" in need
     if scores:
@@ -70,7 +70,7 @@ def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
         n, I, J = tile.n, tile.I, tile.J
         e, z = t.exp(t.scores(tile, minus=top)), t.keep(tile)
         if dv is not None:
-            dv.at(n, J).baddbmm_((e if z is None else torch.mul(e, z, out=t.buffer("x", tile))).mT, do[n, I])
+            dv.add(n, J, (e if z is None else torch.mul(e, z, out=t.buffer("x", tile))).mT, do[n, I])
         if not scores:
             continue
         if z is None:
@@ -78,27 +78,27 @@ def backward(do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
         else:
             ds = torch.bmm(do[n, I], v[n, J].mT, out=t.buffer("x", tile)).mul_(z).sub_(D[n, I]).mul_(e)
         if dq is not None:
-            dq.at(n, I).baddbmm_(ds, t.k[n, J], alpha=t.scale)
+            dq.add(n, I, ds, t.k[n, J], alpha=t.scale)
         if dk is not None:
-            dk.at(n, J).baddbmm_(ds.mT, t.q[n, I], alpha=t.scale)
+            dk.add(n, J, ds.mT, t.q[n, I], alpha=t.scale)
         if dm is not None:
             t.add_to_mask(dm, tile, ds)
     return (
-        None if dq is None else dq.whole(t.L, q.dtype),
-        None if dk is None else dk.whole(t.S, k.dtype),
-        None if dv is None else dv.whole(t.S, k.dtype),
+        None if dq is None else dq.whole(q.dtype),
+        None if dk is None else dk.whole(k.dtype),
+        None if dv is None else dv.whole(k.dtype),
         None if dm is None else dm.reshape(m.shape).to(m.dtype),
     )
 
 
-def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
+def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
     """The vjp of backward at the cotangents a, b, c, e of dQ, dK, dV, dM; each may be None.
 
     Returns the gradients of do, dlse, q, k, v, m: those that `need` names ("o" is do, "l" is dlse), else None. The dependence
-    of o, lse and l on q, k, v and m is inside the formulas. Two sweeps: the rows' statistics u and w, then the tiles.
+    of o, T and l on q, k, v and m is inside the formulas. Two sweeps: the rows' statistics u and w, then the tiles.
     """
     t = Tiles(q, k, m, seed, causal, scale, p)
-    r, top = t.column(l).reciprocal(), t.top(lse, l)
+    top, r = t.column(top) * t.unit, t.column(l).reciprocal()
     do_, dlse = t.flat(do), None if dlse is None else t.column(dlse)
     a = None if a is None else t.flat(a) * t.scale
     b = None if b is None else t.flat(b) * t.scale
@@ -111,10 +111,10 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
         if dlse is not None:
             D -= dlse
     u, w = t.zeros(t.L, 1), t.zeros(t.L, 1)
-    gdo = t.sums(do.shape[-1]) if "o" in need else None
-    gq = t.sums(q.shape[-1]) if "q" in need else None
-    gk = t.sums(k.shape[-1]) if "k" in need else None
-    gv = t.sums(do.shape[-1]) if "v" in need else None
+    gdo = t.sums(t.L, do.shape[-1]) if "o" in need else None
+    gq = t.sums(t.L, q.shape[-1]) if "q" in need else None
+    gk = t.sums(t.S, k.shape[-1]) if "k" in need else None
+    gv = t.sums(t.S, do.shape[-1]) if "v" in need else None
     gm = t.mask_zeros() if "m" in need else None
     scores = "q" in need or "k" in need or "m" in need
 
@@ -157,11 +157,11 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
         if gdo is not None:
             drop(p_, z)
             if c is not None:
-                gdo.at(n, I).baddbmm_(p_, c[n, J])
+                gdo.add(n, I, p_, c[n, J])
             if has_u:
-                gdo.at(n, I).baddbmm_(p_.mul_(u_), v[n, J])
+                gdo.add(n, I, p_.mul_(u_), v[n, J])
     if gdo is not None:
-        gdo = gdo.whole(t.L, t.dtype)
+        gdo = gdo.whole(t.dtype)
         gdo = (gdo - t.back(u * o, t.dtype) if has_u else gdo).to(do.dtype)
     if dlse is not None:
         w -= u * dlse
@@ -182,23 +182,23 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, s
                 W += C(tile, z)
             W *= p_
             if gq is not None:
-                gq.at(n, I).baddbmm_(W, t.k[n, J], alpha=t.scale)
+                gq.add(n, I, W, t.k[n, J], alpha=t.scale)
                 if b is not None:
-                    gq.at(n, I).baddbmm_(ds, b[n, J])
+                    gq.add(n, I, ds, b[n, J])
             if gk is not None:
-                gk.at(n, J).baddbmm_(W.mT, t.q[n, I], alpha=t.scale)
+                gk.add(n, J, W.mT, t.q[n, I], alpha=t.scale)
                 if a is not None:
-                    gk.at(n, J).baddbmm_(ds.mT, a[n, I])
+                    gk.add(n, J, ds.mT, a[n, I])
             if gm is not None:
                 t.add_to_mask(gm, tile, W)
         if gv is not None and has_u:
-            gv.at(n, J).baddbmm_(drop(p_.mul_(u_), z).mT, do_[n, I])
+            gv.add(n, J, drop(p_.mul_(u_), z).mT, do_[n, I])
     return (
         gdo,
         t.back(u, t.dtype).squeeze(-1) if "l" in need else None,
-        None if gq is None else gq.whole(t.L, q.dtype),
-        None if gk is None else gk.whole(t.S, k.dtype),
-        None if gv is None else gv.whole(t.S, k.dtype),
+        None if gq is None else gq.whole(q.dtype),
+        None if gk is None else gk.whole(k.dtype),
+        None if gv is None else gv.whole(k.dtype),
         None if gm is None else gm.reshape(m.shape).to(m.dtype),
     )
 

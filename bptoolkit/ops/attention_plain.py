@@ -65,12 +65,12 @@ def times(t: Tensor, z: Tensor | None) -> Tensor:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, seed: Tensor | None, causal: bool, scale: float | None, p: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, z = q.dtype, dropout_factor(q, k, seed, causal, p)
     q, k, v, m = widen(q, k, v, m)
     P, top, l = probabilities(scores(q, k, m, causal, scale))
     o = (times(P, z) @ v).to(dtype)  # *B L Ev
-    return o, top + l.log(), l
+    return o, top + l.log(), top, l
 
 
 def nothing(like: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def backward(
     m: Tensor | None,
     seed: Tensor | None,
     o: Tensor | None,
-    lse: Tensor,
+    top: Tensor,
     l: Tensor,
     causal: bool,
     scale: float | None,
@@ -111,7 +111,7 @@ def backward(
     )
 
 
-def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, lse, l, causal, scale, p, need):
+def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
     """The same in whole matrices, and from do, dlse, q, k, v and m alone: so it can be differentiated again."""
     dtype, z = q.dtype, dropout_factor(q, k, seed, causal, p)
     do, dlse, q, k, v, M, a, b, c, e = widen(do, dlse, q, k, v, m, a, b, c, e)

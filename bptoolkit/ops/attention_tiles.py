@@ -21,15 +21,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def tile_size(L: int, S: int, device: str) -> tuple[int, int]:
-    """Rows and columns of a tile. It depends on the lengths alone: every pass has to draw the same dropout mask."""
-    rows, columns = (256, 256) if device == "cpu" else (1024, 2048)
+def tile_size(L: int, S: int, N: int, device: str, large: bool = False) -> tuple[int, int]:
+    """Rows and columns of a tile; more rows where N samples are few, so that the threads have something to do."""
+    if device != "cpu":
+        return min(L, 1024), min(S, 2048)
+    rows = columns = 512 if large else 256
+    while 0 < N * rows * columns < 1 << 18:
+        rows *= 2
     return min(L, rows), min(S, columns)
 
 
 def tile_samples(rows: int, columns: int, device: str) -> int:
     """How many samples make a tile that fits the cache (on a GPU: that fills it)."""
-    return max(1, (1 << 18 if device == "cpu" else 1 << 25) // max(rows * columns, 1))
+    return max(1, (1 << 19 if device == "cpu" else 1 << 25) // max(rows * columns, 1))
 
 
 def to_mask(t: Tensor, m: Tensor) -> Tensor:
@@ -56,7 +60,15 @@ class Tiles:
     """S = σ Q Kᵀ + M, tile by tile, in buffers that are allocated once."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, m: Tensor | None, seed: Tensor | None, causal: bool, scale: float | None, p: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        m: Tensor | None,
+        seed: Tensor | None,
+        causal: bool,
+        scale: float | None,
+        p: float,
+        large: bool = False,
     ) -> None:
         self.batch, (self.L, E), self.S = tuple(q.shape[:-2]), q.shape[-2:], k.shape[-2]
         self.N, self.dtype, self.device = math.prod(self.batch), wide(q.dtype), q.device
@@ -68,7 +80,9 @@ class Tiles:
         if m is None or m.shape[:-2].numel() == 1:
             self.over, m = (self.N,), None if m is None else m.reshape(1, *m.shape[-2:])
         self.m = m
-        self.rows, self.columns = tile_size(self.L, self.S, self.device.type)
+        # dropout masks are drawn by tiles, so these have to be the same in every pass, also where vmap changes N in between
+        size = (self.N, self.device.type, large and not causal) if seed is None else (0, self.device.type)
+        self.rows, self.columns = tile_size(self.L, self.S, *size)
         self.samples = tile_samples(self.rows, self.columns, self.device.type)
         self.seeds = None if seed is None else _seeds(seed, self.N)
         self.generator = None if seed is None else torch.Generator(self.device)
@@ -83,10 +97,6 @@ class Tiles:
         """(*B, L) -> (N, L, 1)."""
         return t.reshape(self.N, self.L, 1).to(self.dtype)
 
-    def top(self, lse: Tensor, l: Tensor) -> Tensor:
-        """(*B, L), (*B, L) -> the largest score of every row in `unit`s, (N, L, 1)."""
-        return (self.column(lse) - self.column(l).log()).mul_(self.unit)
-
     def zeros(self, rows: int, columns: int) -> Tensor:
         """(N, rows, columns), to add up in."""
         return torch.zeros(self.N, rows, columns, dtype=self.dtype, device=self.device)
@@ -95,9 +105,9 @@ class Tiles:
         """(N, a, b) -> (*B, a, b)."""
         return t.reshape(*self.batch, *t.shape[1:]).to(dtype)
 
-    def sums(self, columns: int) -> Sums:
-        """Matrices of L or S rows, to add up in."""
-        return Sums(self, columns)
+    def sums(self, rows: int, columns: int) -> Sums:
+        """(N, rows, columns), to add products up in."""
+        return Sums(self, rows, columns)
 
     def bands(self) -> Iterator[list[Tile]]:
         """For some samples and rows at a time, the tiles of the columns they may see."""
@@ -177,29 +187,41 @@ class Tiles:
 
 
 class Sums:
-    """Sums over tiles: (N, L or S, columns), each block of rows on its own.
+    """Sums of products over tiles: (N, rows, columns), each block of rows in memory of its own.
 
     A slice of the whole would not be contiguous, and torch's bmm goes through the samples one by one to write into such.
     """
 
-    def __init__(self, tiles: Tiles, columns: int) -> None:
-        self.tiles, self.columns = tiles, columns
+    def __init__(self, tiles: Tiles, rows: int, columns: int) -> None:
+        self.tiles, self.shape = tiles, (tiles.N, rows, columns)
         self.blocks: dict[tuple[int, int], tuple[slice, slice, Tensor]] = {}
+        self.all: Tensor | None = None  # where all rows are one block
 
-    def at(self, n: slice, rows: slice) -> Tensor:
-        """The block of some samples and rows; zeros at first."""
-        key = (n.start, rows.start)
-        if key not in self.blocks:
-            shape = (n.stop - n.start, rows.stop - rows.start, self.columns)
-            self.blocks[key] = n, rows, torch.zeros(shape, dtype=self.tiles.dtype, device=self.tiles.device)
-        return self.blocks[key][2]
+    def add(self, n: slice, rows: slice, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+        """Add alpha a b to the block of some samples and rows; returns the block."""
+        found = self.blocks.get((n.start, rows.start))
+        if found is not None:
+            return found[2].baddbmm_(a, b, alpha=alpha)
+        block = self._new(n, rows)
+        self.blocks[n.start, rows.start] = n, rows, block
+        return torch.baddbmm(block, a, b, beta=0, alpha=alpha, out=block)
 
-    def whole(self, rows: int, dtype: torch.dtype) -> Tensor:
+    def _new(self, n: slice, rows: slice) -> Tensor:
+        shape, dtype, device = (n.stop - n.start, rows.stop - rows.start, self.shape[2]), self.tiles.dtype, self.tiles.device
+        if shape[1] < self.shape[1]:
+            return torch.empty(shape, dtype=dtype, device=device)
+        if self.all is None:
+            self.all = torch.empty(self.shape, dtype=dtype, device=device)
+        return self.all[n]
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
         """All of it: (*B, rows, columns)."""
-        out = torch.zeros(self.tiles.N, rows, self.columns, dtype=dtype, device=self.tiles.device)
-        for n, I, block in self.blocks.values():
-            out[n, I] = block
-        return out.view(*self.tiles.batch, *out.shape[1:])
+        out = self.all
+        if out is None:
+            out = torch.zeros(self.shape, dtype=dtype, device=self.tiles.device)
+            for n, rows, block in self.blocks.values():
+                out[n, rows] = block
+        return out.view(*self.tiles.batch, *self.shape[1:]).to(dtype)
 
 
 def _pieces(batch: Sequence[int], most: int) -> Iterator[tuple[slice, tuple[slice, ...], tuple[int, ...]]]:

@@ -28,7 +28,7 @@ DOUBLE = torch.float64
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 3 rows, 2 columns and 2 samples, so that small tensors take many, with a rest everywhere."""
-    monkeypatch.setattr(attention_tiles, "tile_size", lambda L, S, device: (min(L, 3), min(S, 2)))
+    monkeypatch.setattr(attention_tiles, "tile_size", lambda L, S, N, device, large=False: (min(L, 3), min(S, 2)))
     monkeypatch.setattr(attention_tiles, "tile_samples", lambda rows, columns, device: 2)
 
 
@@ -71,6 +71,24 @@ def test_tiles_equal_the_reference(small_tiles, kind):
     theirs, _ = with_mask(reference, MASKS[kind]())
     xs = (*qkv(2, 3), *mask)
     close(gradients(ours, xs), gradients(theirs, xs))
+
+
+@pytest.mark.parametrize("N", [1, 9])
+@pytest.mark.parametrize("kind", ["none", "causal", "boolean", "dropout"])
+def test_lengths_past_the_real_tiles(kind, N):
+    """Forward and backward cut the scores in different tiles, except with dropout, whose mask goes with them."""
+    xs = qkv(N, L=530, S=590, E=2, Ev=2)
+    p = 0.3 if kind == "dropout" else 0.0
+    kwargs = {"causal": {"is_causal": True}, "boolean": {"attn_mask": torch.rand(530, 590) > 0.4}}.get(kind, {})
+    torch.manual_seed(3)
+    theirs = dropped(keep_of(*xs[:2], p)) if p else functools.partial(reference, **kwargs)
+
+    def both_orders(fn):
+        torch.manual_seed(3)
+        grads = torch.autograd.grad(fn(*xs).sin().sum(), xs, create_graph=True)
+        return *grads, *torch.autograd.grad(sum(g.sin().sum() for g in grads), xs)
+
+    close(both_orders(functools.partial(sdpa, dropout_p=p, **kwargs)), both_orders(theirs))
 
 
 @pytest.mark.parametrize("kind", ["none", "causal", "every", "additive", "column"])
