@@ -135,8 +135,14 @@ def _runner(fn: Callable[..., Any], case: Case) -> Callable[[Any], Sequence[Tens
 
 
 def _wide(case: Case) -> Case:
+    made: dict[int, Tensor] = {}  # a tensor that is given twice stays one
+
     def wide(t: Any) -> Any:
-        return t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) and t.is_floating_point() else t
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        if id(t) not in made:
+            made[id(t)] = t.detach().double().requires_grad_(t.requires_grad)
+        return made[id(t)]
 
     return Case(*tree_map(wide, tuple(case)))
 

@@ -115,6 +115,7 @@ def multi_head_attention_forward(
         weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
     else:
         weights = None
+    _check_weights(E, in_proj_weight, weights, bias_k, bias_v, static_k, static_v, dropout_p)
     q, k, v = _project(query, key, value, in_proj_weight, in_proj_bias, weights, backend)
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([t, b.to(t.dtype).expand(1, N, E)]) for t, b in ((k, bias_k), (v, bias_v)))
@@ -182,10 +183,10 @@ def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float
     if mask is not None:
         s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
     nothing = (s == -math.inf).all(-1, keepdim=True)  # N H L 1: sees no key; softmax would give NaN
-    a = softmax(s.masked_fill(nothing, 0), -1, backend=backend).masked_fill(nothing, 0).to(v.dtype)
+    a = softmax(s.masked_fill(nothing, 0), -1, backend=backend).masked_fill(nothing, 0)
     if p > 0:
         a = F.dropout(a, p)
-    return PRODUCT(a, v), a
+    return PRODUCT(a.to(v.dtype), v), a  # under autocast softmax may be wider than v
 
 
 def _check(q: Any, k: Any, v: Any, E: int, H: int, m: Any, padding: Any, is_causal: bool) -> None:
@@ -218,6 +219,25 @@ def _check(q: Any, k: Any, v: Any, E: int, H: int, m: Any, padding: Any, is_caus
     wanted = (N, S) if q.dim() == 3 else (S,)
     if padding is not None and tuple(padding.shape) != wanted:
         raise ValueError(f"{NAME}: key_padding_mask has shape {tuple(padding.shape)}; it needs {wanted}")
+
+
+def _check_weights(
+    E: int, packed: Any, separate: Any, bias_k: Any, bias_v: Any, static_k: Any, static_v: Any, p: float
+) -> None:
+    """Raise for weights that are missing or do not go together."""
+    if separate is not None:
+        if any(w is None for w in separate):
+            raise ValueError(f"{NAME}: use_separate_proj_weight=True needs q_proj_weight, k_proj_weight and v_proj_weight")
+    elif packed is None:
+        raise ValueError(f"{NAME}: in_proj_weight is None; only use_separate_proj_weight=True goes without")
+    elif packed.shape != (3 * E, E):
+        raise ValueError(f"{NAME}: in_proj_weight has shape {tuple(packed.shape)}; it needs {(3 * E, E)}")
+    if (bias_k is None) != (bias_v is None):
+        raise ValueError(f"{NAME}: {'bias_k' if bias_k is None else 'bias_v'} is None; give bias_k and bias_v, or neither")
+    if bias_k is not None and (static_k is not None or static_v is not None):
+        raise ValueError(f"{NAME}: bias_k and bias_v cannot be added to static_k or static_v")
+    if not 0 <= p <= 1:
+        raise ValueError(f"{NAME}: dropout_p={p} must be between 0 and 1")
 
 
 class MultiheadAttention(nn.MultiheadAttention):

@@ -106,6 +106,35 @@ def test_a_query_that_sees_nothing_gives_the_output_bias(weights):
     assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_autocast(weights):
+    """The dtypes and, to their precision, the values of torch's."""
+    results = []
+    for m in twins():
+        m.float()
+        x = torch.linspace(-1, 1, 5 * 2 * 12).reshape(5, 2, 12).requires_grad_()
+        hidden = torch.zeros(5, 5).masked_fill(torch.eye(5, dtype=torch.bool), -torch.inf)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, a = m(x, x, x, attn_mask=hidden, need_weights=weights)
+        (g,) = torch.autograd.grad(y.float().square().sum(), x)
+        results.append((y, *(() if a is None else (a,)), g))
+    close(*results, rtol=0.05, atol=0.05)
+
+
+def test_static_keys_and_values():
+    """Heads that are given in place of the projections."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((5, 2, 12), (4, 2, 12), (36, 12), (6, 4, 4), (6, 4, 4), (12, 12))
+    q, k, w, sk, sv, wo = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in sizes)
+    results = []
+    for fn in (bp.functional.multi_head_attention_forward, nn.functional.multi_head_attention_forward):
+        for weights in (True, False):
+            args = (q, k, k, 12, 3, w, None, None, None, True, 0.0, wo, None)
+            y, a = fn(*args, static_k=sk, static_v=sv, need_weights=weights)
+            results.append((y, *(() if a is None else (a,)), *torch.autograd.grad(y.sin().sum(), (q, w, sk, sv, wo))))
+    close(results[:2], results[2:])
+
+
 def test_dropout_zeroes_weights_and_keeps_their_mean():
     ours, _ = twins(dropout=0.5)
     x = torch.randn(40, 2, 12, dtype=torch.float64)
@@ -128,6 +157,15 @@ X = torch.randn(3, 2, 12)
 M = bp.nn.MultiheadAttention(12, 3)
 
 
+def functional(w, k=None, v=None, p=0.0, **kwargs):
+    return bp.functional.multi_head_attention_forward(
+        X, X, X, 12, 3, w, None, k, v, False, p, torch.zeros(12, 12), None, **kwargs
+    )
+
+
+W, B, S = torch.zeros(36, 12), torch.zeros(1, 1, 12), torch.zeros(6, 3, 4)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -146,6 +184,12 @@ M = bp.nn.MultiheadAttention(12, 3)
             ValueError,
             "embed_dim=12 is not divisible by num_heads=5",
         ),
+        (lambda: functional(None), ValueError, "in_proj_weight is None"),
+        (lambda: functional(W[:30]), ValueError, r"\(30, 12\); it needs \(36, 12\)"),
+        (lambda: functional(W, use_separate_proj_weight=True), ValueError, "needs q_proj_weight"),
+        (lambda: functional(W, B), ValueError, "bias_v is None"),
+        (lambda: functional(W, B, B, static_k=S), ValueError, "cannot be added to static_k"),
+        (lambda: functional(W, p=1.5), ValueError, "dropout_p=1.5"),
     ],
 )
 def test_bad_input(call, error, words):
