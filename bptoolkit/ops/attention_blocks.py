@@ -18,7 +18,7 @@ from bptoolkit.ops.attention_tiles import Tile, Tiles
 
 def forward(q, k, v, m, seed, causal, scale, p):
     """O, lse, T and l, with the running maximum of Milakov & Gimelshein 2018."""
-    t = Tiles(q, k, m, seed, causal, scale, p, large=True)
+    t = Tiles(q, k, m, seed, causal, scale, p, (512, 512))
     v, o = t.flat(v), t.sums(t.L, v.shape[-1])
     top, l = t.zeros(t.L, 1), t.zeros(t.L, 1).add_(1)
     lowest = torch.finfo(t.dtype).min / (1 if t.unit == 1 else 2)  # finite in `unit`s too
@@ -55,34 +55,38 @@ def forward(q, k, v, m, seed, causal, scale, p):
 def backward(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
     """dQ, dK, dV, dM: those that `need` names, else None."""
     t = Tiles(q, k, m, seed, causal, scale, p)
-    top, r = t.column(top) * t.unit, t.column(l).reciprocal()
-    do = t.flat(do) * r  # P = r exp(S − T): r is put into do and D, not into P
+    top, r, do = t.column(top) * t.unit, t.column(l).reciprocal(), t.flat(do)
     dq = t.sums(t.L, q.shape[-1]) if "q" in need else None
     dk = t.sums(t.S, k.shape[-1]) if "k" in need else None
     dv = t.sums(t.S, do.shape[-1]) if "v" in need else None
     dm = t.mask_zeros() if "m" in need else None
     scores = "q" in need or "k" in need or "m" in need
     if scores:
-        v, D = t.flat(v), (do * t.flat(o)).sum(-1, keepdim=True)
-        if dlse is not None:
-            D -= t.column(dlse) * r
-    for tile in t:
-        n, I, J = tile.n, tile.I, tile.J
-        e, z = t.exp(t.scores(tile, minus=top)), t.keep(tile)
-        if dv is not None:
-            dv.add(n, J, (e if z is None else torch.mul(e, z, out=t.buffer("x", tile))).mT, do[n, I])
-        if not scores:
-            continue
-        if z is None:
-            ds = torch.baddbmm(D[n, I], do[n, I], v[n, J].mT, beta=-1, out=t.buffer("x", tile)).mul_(e)
-        else:
-            ds = torch.bmm(do[n, I], v[n, J].mT, out=t.buffer("x", tile)).mul_(z).sub_(D[n, I]).mul_(e)
-        if dq is not None:
-            dq.add(n, I, ds, t.k[n, J], alpha=t.scale)
-        if dk is not None:
-            dk.add(n, J, ds.mT, t.q[n, I], alpha=t.scale)
-        if dm is not None:
-            t.add_to_mask(dm, tile, ds)
+        v, o, dlse = t.flat(v), t.flat(o), None if dlse is None else t.column(dlse)
+    for band in filter(None, t.bands()):
+        n, I = band[0].n, band[0].I
+        do_ = do[n, I] * r[n, I]  # P = r exp(S − T): r is put into the rows of dO and D, not into P
+        if scores:
+            D = (do_ * o[n, I]).sum(-1, keepdim=True)
+            if dlse is not None:
+                D -= dlse[n, I] * r[n, I]
+        for tile in band:
+            J = tile.J
+            e, z = t.exp(t.scores(tile, minus=top)), t.keep(tile)
+            if dv is not None:
+                dv.add(n, J, (e if z is None else torch.mul(e, z, out=t.buffer("x", tile))).mT, do_)
+            if not scores:
+                continue
+            if z is None:
+                ds = torch.baddbmm(D, do_, v[n, J].mT, beta=-1, out=t.buffer("x", tile)).mul_(e)
+            else:
+                ds = torch.bmm(do_, v[n, J].mT, out=t.buffer("x", tile)).mul_(z).sub_(D).mul_(e)
+            if dq is not None:
+                dq.add(n, I, ds, t.k[n, J], alpha=t.scale)
+            if dk is not None:
+                dk.add(n, J, ds.mT, t.q[n, I], alpha=t.scale)
+            if dm is not None:
+                t.add_to_mask(dm, tile, ds)
     return (
         None if dq is None else dq.whole(q.dtype),
         None if dk is None else dk.whole(k.dtype),

@@ -21,19 +21,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def tile_size(L: int, S: int, N: int, device: str, large: bool = False) -> tuple[int, int]:
+def tile_size(L: int, S: int, N: int, device: str, sides: tuple[int, int] = (256, 256)) -> tuple[int, int]:
     """Rows and columns of a tile; more rows where N samples are few, so that the threads have something to do."""
-    if device != "cpu":
-        return min(L, 1024), min(S, 2048)
-    rows = columns = 512 if large else 256
-    while 0 < N * rows * columns < 1 << 18:
+    rows, columns = sides if device == "cpu" else (1024, 2048)
+    while device == "cpu" and 0 < N * rows * columns < 1 << 18:
         rows *= 2
     return min(L, rows), min(S, columns)
 
 
 def tile_samples(rows: int, columns: int, device: str) -> int:
     """How many samples make a tile that fits the cache (on a GPU: that fills it)."""
-    return max(1, (1 << 19 if device == "cpu" else 1 << 25) // max(rows * columns, 1))
+    return max(1, (1 << 20 if device == "cpu" else 1 << 25) // max(rows * columns, 1))
 
 
 def to_mask(t: Tensor, m: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ class Tiles:
         causal: bool,
         scale: float | None,
         p: float,
-        large: bool = False,
+        sides: tuple[int, int] = (512, 256),
     ) -> None:
         self.batch, (self.L, E), self.S = tuple(q.shape[:-2]), q.shape[-2:], k.shape[-2]
         self.N, self.dtype, self.device = math.prod(self.batch), wide(q.dtype), q.device
@@ -81,7 +79,7 @@ class Tiles:
             self.over, m = (self.N,), None if m is None else m.reshape(1, *m.shape[-2:])
         self.m = m
         # dropout masks are drawn by tiles, so these have to be the same in every pass, also where vmap changes N in between
-        size = (self.N, self.device.type, large and not causal) if seed is None else (0, self.device.type)
+        size = (0, self.device.type) if seed is not None else (self.N, self.device.type, (256, 256) if causal else sides)
         self.rows, self.columns = tile_size(self.L, self.S, *size)
         self.samples = tile_samples(self.rows, self.columns, self.device.type)
         self.seeds = None if seed is None else _seeds(seed, self.N)

@@ -28,7 +28,7 @@ DOUBLE = torch.float64
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 3 rows, 2 columns and 2 samples, so that small tensors take many, with a rest everywhere."""
-    monkeypatch.setattr(attention_tiles, "tile_size", lambda L, S, N, device, large=False: (min(L, 3), min(S, 2)))
+    monkeypatch.setattr(attention_tiles, "tile_size", lambda L, S, N, device, sides=None: (min(L, 3), min(S, 2)))
     monkeypatch.setattr(attention_tiles, "tile_samples", lambda rows, columns, device: 2)
 
 
