@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ class Draw:
         device: of all tensors.
         sizes: what sizes are drawn from.
         force: the k-th size drawn -> what it is, where its bounds allow.
+        values: (shape, generator) -> the elements of a tensor in float64; normal ones if None.
+        salt: another one gives other elements in the same structure.
     """
 
     def __init__(
@@ -43,10 +45,13 @@ class Draw:
         device: str | torch.device = "cpu",
         sizes: Sequence[int] = SIZES,
         force: Mapping[int, int] | None = None,
+        values: Callable[[tuple[int, ...], torch.Generator], Tensor] | None = None,
+        salt: int = 0,
     ) -> None:
         self.force, self.drawn = dict(force or {}), 0
         self.random, self.dtype, self.device, self.sizes = random, dtype, torch.device(device), sizes
-        self.generator = torch.Generator().manual_seed(random.getrandbits(32))
+        self.values = values
+        self.generator = torch.Generator().manual_seed(random.getrandbits(32) + salt)
 
     def size(self, least: int = 0, most: int = 1 << 30) -> int:
         """A size between two bounds."""
@@ -71,7 +76,10 @@ class Draw:
 
     def tensor(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
         """A tensor of normal values. `grad`: whether it is one to differentiate by."""
-        t = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        if self.values is not None:
+            t = self.values(shape, self.generator)
+        else:
+            t = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return t.to(self.device, self.dtype).requires_grad_(grad)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -76,9 +75,7 @@ def verify(ops: list[str]) -> list[str]:
     bad = []
     for name in ops:
         began = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # drawn calls include what torch warns of
-            report = bp.verify.check(bp.OPS[name], budget=6.0)
+        report = bp.verify.check(bp.OPS[name], quick=True, budget=6.0)
         calls, seconds = sum(report.calls.values()), time.perf_counter() - began
         verdict = "ok" if report.ok else "FAILED"
         print(f"  {name:14} {verdict:6} {len(report.calls)} properties on {calls} calls, {seconds:.1f} s", flush=True)

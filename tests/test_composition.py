@@ -1,4 +1,8 @@
-"""Every op with every transform and tool of torch: it equals the reference there, or raises with what to use instead."""
+"""Every op with the transforms and tools of torch that `bptoolkit.verify` does not judge: it equals the reference there, or
+raises.
+
+First and second order, forward mode, vmap, per-sample gradients, autocast, checkpointing and memory are in test_gradients.py.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,7 @@ import functools
 
 import pytest
 import torch
-import torch.utils.checkpoint
 from helpers import NAMES, draw_call, leaves_of, random_like, scalar
-from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from bptoolkit import OPS
@@ -26,24 +28,6 @@ def call_of(name, seed=0, **kw):
 def every(name):
     for seed in SEEDS:
         yield call_of(name, seed)
-
-
-@each_op
-def test_gradcheck(name):
-    for c in every(name):
-        assert gradcheck(c.ours, leaves_of(c.tensors), check_batched_grad=True)
-
-
-@each_op
-def test_gradgradcheck(name):
-    for c in every(name):
-        assert gradgradcheck(c.ours, leaves_of(c.tensors))
-
-
-@each_op
-def test_forward_mode_gradcheck(name):
-    for c in every(name):
-        assert gradcheck(c.ours, leaves_of(c.tensors), check_forward_ad=True, check_backward_ad=False)
 
 
 @each_op
@@ -66,28 +50,6 @@ def test_func_grad(name):
     for c in every(name):
         at = tuple(range(len(c.tensors)))
         close(grad(scalar(c.ours), at)(*c.tensors), grad(scalar(c.reference), at)(*c.tensors))
-
-
-@each_op
-def test_vmap_over_each_input(name):
-    for c in every(name):
-        for k, t in enumerate(c.tensors):
-            batch = torch.stack([t, t.sin(), t * 0.5])
-            args = (*c.tensors[:k], batch, *c.tensors[k + 1 :])
-            dims = tuple(0 if j == k else None for j in range(len(args)))
-            loop = [c.ours(*args[:k], b, *args[k + 1 :]) for b in batch]
-            close(vmap(c.ours, dims)(*args), tuple(torch.stack(o) for o in zip(*loop)))
-
-
-@each_op
-def test_per_sample_gradients(name):
-    for c in every(name):
-        at = tuple(range(len(c.tensors)))
-        first = torch.stack([c.tensors[0], c.tensors[0].cos()])
-        dims = (0, *[None] * (len(c.tensors) - 1))
-        ours = vmap(grad(scalar(c.ours), at), dims)(first, *c.tensors[1:])
-        loop = [grad(scalar(c.reference), at)(x, *c.tensors[1:]) for x in first]
-        close(ours, tuple(torch.stack(g) for g in zip(*loop)))
 
 
 @each_op
@@ -223,20 +185,6 @@ def test_export(name, strict):
 
 
 @each_op
-def test_autocast(name):
-    """The output and the gradients have the dtypes that torch's own op gives, and their values."""
-    c = call_of(name, dtype=torch.float32)
-    results = []
-    for fn in (c.ours, c.reference):
-        x = leaves_of(c.tensors)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = fn(*x)
-        sum(o.float().square().sum() for o in out).backward()
-        results.append((out, [t.grad for t in x]))
-    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
-
-
-@each_op
 def test_saved_tensors_hooks(name):
     """Everything that is kept goes through the hooks: packed to float16, the gradients change."""
     c = call_of(name)
@@ -252,15 +200,6 @@ def test_saved_tensors_hooks(name):
     assert packed
     y = leaves_of(c.tensors)
     close(torch.autograd.grad(loss, x), torch.autograd.grad(scalar(c.reference)(*y), y))
-
-
-@each_op
-def test_checkpoint(name):
-    c = call_of(name)
-    x, y = leaves_of(c.tensors), leaves_of(c.tensors)
-    torch.utils.checkpoint.checkpoint(scalar(c.ours), *x, use_reentrant=False).backward()
-    scalar(c.reference)(*y).backward()
-    close([t.grad for t in x], [t.grad for t in y])
 
 
 @each_op
@@ -291,22 +230,3 @@ def test_no_grad_and_inference_mode(name):
         close(c.ours(*c.tensors), want)
     with torch.no_grad():
         close(c.ours(*leaves_of(c.tensors)), want)
-
-
-@each_op
-def test_saved_memory_goes_with_the_graph(name):
-    """No reference cycle, nothing on the context that outlives the graph."""
-    import gc
-    import weakref
-
-    c = call_of(name)
-    x = leaves_of(c.tensors)
-    gc.collect()
-    gc.disable()
-    try:
-        held = weakref.ref(x[0])
-        out = c.ours(*x)
-        del x, out
-        assert held() is None, "an input is kept alive after the graph is gone"
-    finally:
-        gc.enable()

@@ -1,0 +1,494 @@
+"""Which mistake a wrong result looks like, in plain words, and where it sits.
+
+Each probe is a usual mistake run backwards: it computes what the result would be if that mistake had been made, and speaks only
+if the result is that, to within rounding. No guess is better than a wrong one, so a fit has to be tight (1e-6 relative in
+float64, a few standard deviations of the rounding error else), has to explain the error (what remains is a small part of it),
+and has to have more elements than free numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bptoolkit.verify.picture import where_wrong
+from bptoolkit.verify.point import Point
+from bptoolkit.verify.probing import (
+    candidates,
+    condition,
+    expands,
+    factor,
+    flat,
+    hits,
+    near,
+    noun,
+    overflow,
+    raw,
+    rerun,
+    right,
+    rms,
+    sums_to,
+    tensors,
+    times,
+)
+
+TILES = (128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A result that is wrong, and what is known about the call that gave it.
+
+    Attributes:
+        what: what is wrong, "gradient of w" or "output".
+        got: the result.
+        want: the right one, in float64.
+        sigma: the size of the rounding error in each element, where known.
+        inputs: the call's inputs by name.
+        outputs, cotangents: of the call.
+        gradients: the right gradients of all inputs by name, in float64.
+        point: the configuration.
+        matters: the axes without which it does not fail: fields of the point, or letters of its sizes ("sizes:N" or "N").
+        rerun: gives the gradients of the function under test, one an input in the order of `inputs`, of another call: with
+            other `cotangents`, with `contiguous_inputs=True`, in another `dtype`.
+    """
+
+    what: str
+    got: Tensor
+    want: Tensor
+    sigma: Tensor | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: tuple[Tensor, ...] = ()
+    cotangents: tuple[Tensor, ...] = ()
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    point: Point = field(default_factory=Point)
+    matters: tuple[str, ...] = ()
+    rerun: Callable[..., list[Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The input whose gradient it is; "" for an output."""
+        return self.what.removeprefix("gradient of ") if self.what.startswith("gradient of ") else ""
+
+    @property
+    def subject(self) -> str:
+        """The result, as the subject of a sentence."""
+        return f"{self.name}'s gradient" if self.name else f"the {self.what or 'result'}"
+
+    @cached_property
+    def g(self) -> Tensor:
+        """The result in float64."""
+        return self.got.detach().double()
+
+    @cached_property
+    def w(self) -> Tensor:
+        """The right result in float64."""
+        return self.want.detach().double()
+
+    @cached_property
+    def error(self) -> Tensor:
+        """Result minus right result."""
+        return self.g - self.w
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """The error in each element that rounding explains."""
+        scale = torch.maximum(self.w.abs(), rms(self.w).expand_as(self.w))
+        if self.sigma is not None and self.sigma.shape == self.w.shape:
+            return 6 * self.sigma.double() + 1e-9 * scale
+        return scale * (1e-6 if self.got.dtype == torch.float64 else 16 * torch.finfo(self.got.dtype).eps)
+
+    @cached_property
+    def wrong(self) -> Tensor:
+        """Which elements are wrong."""
+        return (self.error.abs() > self.allowed) | ~self.g.isfinite()
+
+    def like(self, candidate: Tensor, scale: float = 1.0) -> bool:
+        """Whether the result is this candidate, which is not the right result."""
+        return candidate.shape == self.g.shape and self.explains(self.g, candidate.detach().double(), scale)
+
+    def explains(self, seen: Tensor, model: Tensor, scale: float = 1.0) -> bool:
+        """Whether a model of something seen, result or error, leaves nothing but rounding, and little of the error."""
+        rest, error = rms(seen - model), rms(self.error)
+        if not bool(rest.isfinite() & error.isfinite()) or float(rms(model)) == 0:
+            return False
+        if self.got.dtype == torch.float64:
+            limit = 1e-6 * rms(model)
+        elif self.sigma is not None:
+            limit = max(1.0, scale) * rms(self.allowed) / 2
+        else:
+            limit = 4 * torch.finfo(self.got.dtype).eps * torch.maximum(rms(self.w), rms(model))
+        return bool(rest <= limit) and bool(rest < 0.1 * error)
+
+
+Probe = Callable[[Finding], Iterator[str]]
+
+
+def diagnose(failure: Finding) -> list[str]:
+    """At most three guesses which mistake was made, likeliest first; none where nothing fits.
+
+    Example:
+        >>> want = torch.randn(5, 3, dtype=torch.float64)
+        >>> found = Finding("gradient of w", want / 4, want, point=Point(sizes=(("B", 4), ("I", 3))))
+        >>> diagnose(found)
+        ["w's gradient equals the expected one divided by 4, the batch size B: mean instead of sum?"]
+    """
+    guesses: list[str] = []
+    if failure.g.numel() == 0 or failure.w.numel() == 0:
+        return guesses
+    probes = SHAPE_PROBES if failure.g.shape != failure.w.shape else PROBES
+    for probe in probes:
+        try:
+            found = [s for s in probe(failure) if s not in guesses]
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):  # a probe never hides the finding itself
+            continue
+        guesses += found
+        if found and probe in _CERTAIN:
+            break
+    return guesses[:3]
+
+
+# ---- wrong shapes
+
+
+def _broadcast(f: Finding) -> Iterator[str]:
+    """Sums over broadcast dimensions that are missing, or one too many."""
+    g, w = f.g, f.w
+    for big, small, said in ((g, w, "is not summed"), (w, g, "is summed")):
+        if sums_to(big.shape, small.shape):
+            summed = big.sum_to_size(small.shape)
+            if near(summed, small, f.got.dtype):
+                end = "over the dimensions that were broadcast" if big is g else "over dimensions that were not broadcast"
+                yield f"{f.subject} {said} {end}: it has shape {tuple(g.shape)}, want {tuple(w.shape)}"
+            elif near(summed * small.numel() / big.numel(), small, f.got.dtype):
+                yield f"{f.subject} is a mean where no reduction is due: it has shape {tuple(g.shape)}, want {tuple(w.shape)}"
+
+
+def _other_shape(f: Finding) -> Iterator[str]:
+    """The right values, in another shape."""
+    g, w = f.g, f.w
+    if g.dim() > 1 and g.mT.shape == w.shape and near(g.mT, w, f.got.dtype):
+        yield f"{f.subject} is the expected one transposed"
+    elif g.numel() == w.numel() and near(g.reshape(w.shape), w, f.got.dtype):
+        yield f"{f.subject} has the right values in the wrong shape: {tuple(g.shape)}, want {tuple(w.shape)}"
+    else:
+        for name, other in f.gradients.items():
+            if name != f.name and other.shape == g.shape and near(g, other.double(), f.got.dtype):
+                yield f"{f.subject} equals the expected gradient of {name}: swapped?"
+
+
+# ---- strides and cotangents
+
+
+def _strides(f: Finding) -> Iterator[str]:
+    """Right once what is not contiguous is made contiguous."""
+    bent = [c for c in f.cotangents if not c.is_contiguous()]
+    if bent and f.name:
+        again = rerun(f, cotangents=tuple(c.contiguous() for c in f.cotangents))
+        kind = "expanded" if any(0 in c.stride() for c in bent) else "not contiguous"
+        if again is not None and right(f, again):
+            yield f"right when contiguous, wrong when the cotangent is {kind}: reads past strides"
+        else:
+            stored = tuple(raw(c) for c in f.cotangents)
+            if all(r is not None for r in stored):
+                again = rerun(f, cotangents=stored)
+                if again is not None and f.like(again):
+                    yield f"{f.subject} is that of the cotangent read in the order of its storage: ignores strides"
+    if any(not x.is_contiguous() or x.storage_offset() for x in f.inputs.values()) and f.name:
+        again = rerun(f, contiguous_inputs=True)
+        if again is not None and right(f, again):
+            yield "right when the inputs are contiguous, wrong when they are not: reads past strides"
+
+
+def _cotangent_ignored(f: Finding) -> Iterator[str]:
+    """The gradient stays when the cotangent changes."""
+    if not f.name or not f.cotangents or not bool(f.g.isfinite().all()) or float(f.g.abs().max()) == 0:
+        return
+    again = rerun(f, cotangents=tuple(2.5 * c.contiguous() + 1 for c in f.cotangents))
+    if again is not None and near(again, f.g, f.got.dtype):
+        yield f"{f.subject} does not change with the cotangent: computed for a cotangent of ones?"
+
+
+# ---- the whole of the result is something else
+
+
+def _zero(f: Finding) -> Iterator[str]:
+    if not f.g.any() and f.w.any():
+        yield f"{f.subject} is zero everywhere: not computed, detached, or the wrong index of needs_input_grad?"
+
+
+def _scaled(f: Finding) -> Iterator[str]:
+    """A constant factor, named if it is one of the sizes."""
+    square = float((f.w * f.w).sum())
+    if square == 0 or not math.isfinite(square):
+        return
+    c = float((f.g * f.w).sum()) / square
+    if c == 0 or not f.like(c * f.w, abs(c)):
+        return
+    said = factor(f, c)
+    if said:
+        yield f"{f.subject} equals the expected one {said}"
+    elif f.g.numel() > 3 and int((f.w != 0).sum()) > 3:
+        yield f"{f.subject} equals the expected one times {c:.6g}: a constant factor"
+
+
+def _elsewhere(f: Finding) -> Iterator[str]:
+    """Another gradient, the cotangent, an input or an output."""
+    if f.g.numel() < 2:
+        return
+    for name, other in f.gradients.items():
+        if name != f.name and f.like(other):
+            yield f"{f.subject} equals the expected gradient of {name}: swapped?"
+    for name, t in tensors(f):
+        if f.like(t):
+            tail = ": passed through unchanged?" if name.startswith("the cotangent") else ""
+            yield f"{f.subject} equals {name}{tail}"
+
+
+def _moved(f: Finding) -> Iterator[str]:
+    """The right values at other places."""
+    w = f.w
+    if w.numel() < 3:
+        return
+    if w.dim() > 1:
+        if f.like(w.mT.reshape(w.shape)):
+            yield f"{f.subject} is the expected one transposed"
+        for k in range(w.dim() - 1):
+            t = w.transpose(k, k + 1)
+            if k < w.dim() - 2 and f.like(t.reshape(w.shape)):
+                yield f"{f.subject} is the expected one with dimensions {k} and {k + 1} exchanged"
+    for d in range(w.dim()):
+        n = w.shape[d]
+        if n < 2:
+            continue
+        for by in (1, -1):
+            rolled = w.roll(by, d)
+            shifted = rolled.clone()
+            shifted.select(d, 0 if by > 0 else n - 1).zero_()
+            if f.like(rolled) or (n > 2 and f.like(shifted)):
+                yield (
+                    f"{f.subject} is the expected one shifted by {by:+d} along dimension {d} (of size {n}): an index or "
+                    "time step off by one"
+                )
+        if n > 2 and f.like(w.flip(d)):
+            yield f"{f.subject} is the expected one in reverse order along dimension {d}"
+        if n > 1 and f.like(w.cumsum(d)):
+            yield f"{f.subject} is the running sum of the expected one along dimension {d}"
+
+
+def _per_row(f: Finding) -> Iterator[str]:
+    """A factor that is constant along one dimension, and may be an input."""
+    ratio = f.g / f.w
+    if f.w.dim() < 1 or not bool(ratio.isfinite().all()):
+        return
+    for d in range(f.w.dim()):
+        if f.w.shape[d] < 3 or f.w.numel() < 6:
+            continue
+        c = (f.g * f.w).sum(d, keepdim=True) / (f.w * f.w).sum(d, keepdim=True)
+        if not f.like(c * f.w, float(c.abs().max())):
+            continue
+        for name, t in tensors(f):
+            for part, said in ((t, "multiplied by"), (1 / t, "divided by")):
+                if expands(part.shape, c.shape) and part.numel() == c.numel():
+                    other = part.reshape(c.shape)
+                    if near(c, other, f.got.dtype):
+                        yield f"{f.subject} is the expected one {said} {name} once too often"
+                        return
+                    if near(1 / c, other, f.got.dtype):
+                        yield f"{f.subject} is the expected one, but not {said} {name}"
+                        return
+        yield (
+            f"{f.subject} equals the expected one times a factor that is the same along dimension {d}: a scale of "
+            "each slice is missing"
+        )
+        return
+
+
+# ---- a term too many or too few
+
+
+def _terms(f: Finding) -> Iterator[str]:
+    """The error is a constant, or a multiple of something that can be named."""
+    r, n = f.error, f.error.numel()
+    if n < 3 or not bool(r.isfinite().all()):
+        return
+    if f.explains(r, r.mean().expand_as(r)):
+        yield f"{f.subject} equals the expected one plus the constant {float(r.mean()):.6g}"
+        return
+    for name, t in candidates(f):
+        square = float((t * t).sum())
+        if square == 0 or not math.isfinite(square) or flat(t):
+            continue
+        a = float((r * t).sum()) / square
+        if f.explains(r, a * t, abs(a)):
+            how = f"lacks the term {times(-a)}{name}" if a < 0 else f"has the term {times(a)}{name} too much"
+            yield f"{f.subject} {how}"
+            return
+
+
+def _row_terms(f: Finding) -> Iterator[str]:
+    """In each row the error is constant, or a multiple of one input: a sum over the row is missing."""
+    r = f.error
+    if r.dim() < 1 or r.shape[-1] < 4 or r.numel() < 8:
+        return
+    if f.explains(r, r.mean(-1, keepdim=True).expand_as(r)):
+        yield f"{f.subject}: the error is constant along the last dimension: a mean or sum over it is missing or too much"
+        return
+    for name, t in tensors(f):
+        if expands(t.shape, r.shape) and not flat(t):
+            t = t.expand_as(r)
+            centred, away = r - r.mean(-1, keepdim=True), t - t.mean(-1, keepdim=True)
+            for seen, basis, plus in ((r, t, ""), (centred, away, " plus a constant")):
+                a = (seen * basis).sum(-1, keepdim=True) / (basis * basis).sum(-1, keepdim=True).clamp_min(1e-300)
+                if f.explains(seen, a * basis, float(a.abs().max())):
+                    yield (
+                        f"{f.subject}: in each row the error is a multiple of {name}{plus}: a term with a sum over the row is "
+                        "missing?"
+                    )
+                    return
+
+
+# ---- where
+
+
+def _not_finite(f: Finding) -> Iterator[str]:
+    bad = ~f.g.isfinite() & f.w.isfinite()
+    if not bool(bad.any()):
+        return
+    kind = "NaN" if bool(f.g[bad].isnan().all()) else "inf" if not bool(f.g[bad].isnan().any()) else "NaN or inf"
+    place = condition(f, bad) or where_wrong(bad)
+    yield f"{f.subject} is {kind} {place}{overflow(f, bad)}"
+
+
+def _blocks(f: Finding) -> Iterator[str]:
+    """A tail that no whole block covers, or single rows; and what stands there instead."""
+    mask = f.wrong
+    share = float(mask.double().mean())
+    if not 0 < share < 1:
+        return
+    for d in range(mask.dim()):
+        n, hit = mask.shape[d], hits(mask, d)
+        first, last = hit[0], hit[-1]
+        if len(hit) == n or len(hit) != last - first + 1:
+            continue
+        inside = mask.narrow(d, first, len(hit))
+        if float(inside.double().mean()) < 0.5:
+            continue
+        there = f.g.narrow(d, first, len(hit))[inside]
+        state = "zero" if not bool(there.any()) else "wrong"
+        part = noun(mask.dim(), d)
+        tile = next((t for t in TILES if last == n - 1 and first and first % t == 0 and n % t), 0)
+        if tile:
+            yield (
+                f"{f.subject} is {state} {where_wrong(mask)}, beyond the last whole block of {tile}: the tail of a "
+                "block is left out"
+            )
+        elif last == n - 1 and len(hit) == 1:
+            yield f"{f.subject} is {state} {where_wrong(mask)}: the last {part} is left out"
+        elif first == 0 and len(hit) == 1:
+            yield f"{f.subject} is {state} {where_wrong(mask)}: the first {part} is left out"
+        else:
+            yield f"{f.subject} is {state} {where_wrong(mask)}"
+        return
+
+
+def _places(f: Finding) -> Iterator[str]:
+    """The wrong elements are those where an input has certain values."""
+    mask = f.wrong
+    if bool(mask.all()) or not bool(mask.any()):
+        return
+    said = condition(f, mask)
+    if said:
+        inside = f.g[mask]
+        state = "zero" if not bool(inside.any()) else "wrong"
+        if (
+            int(mask.sum()) > 2
+            and state != "zero"
+            and float(inside.abs().max() - inside.abs().min()) < 1e-12 * float(inside.abs().max())
+        ):
+            state = f"stuck at {float(inside.abs().max()):.4g}: clamped?"
+        yield f"{f.subject} is {state} {said}"
+
+
+# ---- precision
+
+
+def _precision(f: Finding) -> Iterator[str]:
+    """An error that is spread and of the size of another dtype's rounding."""
+    scale = rms(f.w)
+    if f.got.dtype in (torch.float64, torch.float32) and f.g.numel() > 3 and bool(f.g.isfinite().all()) and float(scale) > 0:
+        relative = float(rms(f.error) / scale)
+        below = (
+            [torch.bfloat16, torch.float16, torch.float32] if f.got.dtype == torch.float64 else [torch.bfloat16, torch.float16]
+        )
+        for d in below:
+            short = str(d).removeprefix("torch.")
+            u = torch.finfo(d).eps / 2
+            if torch.equal(f.g.to(d).double(), f.g) and not torch.equal(f.w.to(d).double(), f.w) and relative < 16 * u:
+                yield f"every element of {f.subject} is a {short} number: computed or stored in {short}"
+                return
+        for d in below:
+            u = torch.finfo(d).eps / 2
+            spread = float(f.wrong.double().mean()) > 0.5 or relative > u / 8
+            if spread and u / 6 < relative < 3 * u and float(f.error.abs().max() / scale) < 24 * u:
+                short = str(d).removeprefix("torch.")
+                size = round(math.log2(relative))
+                yield (
+                    f"the error of {f.subject} is 2^{size} relative, the rounding of {short}: computed in lower precision "
+                    "inside?"
+                )
+                return
+    sizes = [m.removeprefix("sizes:") for m in f.matters if m.removeprefix("sizes:") in dict(f.point.sizes)]
+    if "dtype" in f.matters and sizes and f.got.dtype != torch.float64 and bool(f.g.isfinite().all()) and float(scale) > 0:
+        if float(rms(f.error) / scale) < 64 * torch.finfo(f.got.dtype).eps:
+            short = str(f.got.dtype).removeprefix("torch.")
+            yield (
+                f"the error of {f.subject} grows with {', '.join(sizes)} and only in {short}: a sum is kept in "
+                f"{short} instead of float32?"
+            )
+    elif "dtype" in f.matters and f.got.dtype != torch.float64 and f.name and bool(f.wrong.any()):
+        again = rerun(f, dtype=torch.float64)
+        if again is not None and near(again.double(), f.w, torch.float64):
+            short = str(f.got.dtype).removeprefix("torch.")
+            yield f"right in float64, wrong in {short}: overflow, cancellation or a sum in low precision inside"
+
+
+def _axes(f: Finding) -> Iterator[str]:
+    """What the axes that matter say by themselves."""
+    p = f.point
+    if "need" in f.matters and p.need != "1":
+        yield (
+            f"right when all inputs require grad, wrong when only some do ({p.need}): a wrong index or early exit "
+            "on needs_input_grad"
+        )
+    if "cotangent" in f.matters and p.cotangent not in ("random", "zeros", "one_hot"):
+        kind = {"ones": "expanded", "rows": "expanded", "columns": "expanded"}.get(p.cotangent, p.cotangent.replace("_", " "))
+        yield f"right when the cotangent is contiguous, wrong when it is {kind}: reads past strides"
+    if "layout" in f.matters and p.layout != "contiguous":
+        yield f"right when the inputs are contiguous, wrong when they are {p.layout.replace('_', ' ')}: reads past strides"
+
+
+_CERTAIN = {_strides, _zero, _scaled, _elsewhere, _cotangent_ignored, _moved, _not_finite, _terms}
+SHAPE_PROBES: tuple[Probe, ...] = (_broadcast, _other_shape)
+PROBES: tuple[Probe, ...] = (
+    _strides,
+    _not_finite,
+    _zero,
+    _scaled,
+    _elsewhere,
+    _moved,
+    _cotangent_ignored,
+    _blocks,
+    _places,
+    _terms,
+    _precision,
+    _per_row,
+    _row_terms,
+    _axes,
+)

@@ -1,0 +1,166 @@
+"""What the probes of `diagnosis` share: comparing to within rounding, naming a factor, and saying which elements are meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms(t: Tensor) -> Tensor:
+    """Root of the mean square, a scalar; 0 of nothing."""
+    return t.double().square().mean().sqrt() if t.numel() else torch.zeros((), dtype=torch.float64)
+
+
+def near(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors are equal to within the rounding of a dtype, and not both zero."""
+    if a.shape != b.shape or not a.numel():
+        return False
+    a, b = a.detach().double(), b.detach().double()
+    size = torch.maximum(rms(a), rms(b))
+    bound = (1e-9 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps) * size
+    return bool(size > 0) and bool(size.isfinite()) and bool(rms(a - b) <= bound)
+
+
+def sums_to(big: Sequence[int], small: Sequence[int]) -> bool:
+    """Whether a sum over broadcast dimensions takes one shape to another."""
+    if len(big) < len(small) or tuple(big) == tuple(small):
+        return False
+    tail = big[len(big) - len(small) :]
+    return all(s in (b, 1) for b, s in zip(tail, small))
+
+
+def expands(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a shape can be expanded to another."""
+    return tuple(shape) == tuple(to) or sums_to(to, shape)
+
+
+def rerun(f: Any, **changed: Any) -> Tensor | None:
+    """The gradient that is wrong, of another call; None if it cannot be had."""
+    if f.rerun is None or f.name not in f.inputs:
+        return None
+    try:
+        got = f.rerun(**changed)[list(f.inputs).index(f.name)]
+    except Exception:  # the other call may be one that the function refuses
+        return None
+    return None if got is None or got.shape != f.g.shape else got.detach().double()
+
+
+def right(f: Any, again: Tensor) -> bool:
+    """Whether another call gave the right result."""
+    return bool(again.isfinite().all()) and bool(((again - f.w).abs() <= f.allowed).all())
+
+
+def raw(t: Tensor) -> Tensor | None:
+    """A tensor's storage read in order from its offset, as a kernel that ignores strides reads it; None if it is too short."""
+    flat = torch.empty(0, dtype=t.dtype).set_(t.detach().untyped_storage())[t.storage_offset() :]
+    return flat[: t.numel()].clone().view(t.shape) if flat.numel() >= t.numel() else None
+
+
+def factor(f: Any, c: float) -> str:
+    """A factor in words, if it is one that mistakes have: a sign, a half, a size, or the root of one."""
+    for value, words in (
+        (-1.0, "with the wrong sign"),
+        (2.0, "times 2: a term counted twice?"),
+        (0.5, "times 1/2: a factor of 2 is missing"),
+    ):
+        if math.isclose(c, value, rel_tol=1e-6):
+            return words
+    sizes = {letter: int(n) for letter, n in f.point.sizes if str(n).isdigit() and int(n) > 1 and letter != "case"}
+    named = [(n, f"the {'batch size' if k == 'B' else 'size'} {k}") for k, n in sizes.items()]
+    outputs = [o.numel() for o in f.outputs if o.numel() > 1]
+    named += [(n, "the number of elements of the output") for n in outputs]
+    named += [(x.shape[0], f"the first dimension of {k}") for k, x in f.inputs.items() if x.dim() and x.shape[0] > 2]
+    for n, words in named:
+        if math.isclose(abs(c), 1 / n, rel_tol=1e-6):
+            return f"divided by {n}, {words}: mean instead of sum?" + " (and with the wrong sign)" * (c < 0)
+        if math.isclose(abs(c), n, rel_tol=1e-6):
+            return f"times {n}, {words}: sum instead of mean?" + " (and with the wrong sign)" * (c < 0)
+        for value, how in ((math.sqrt(n), "times"), (1 / math.sqrt(n), "divided by")):
+            if math.isclose(abs(c), value, rel_tol=1e-6):
+                return f"{how} the root of {n}, {words}: a scale applied twice or not at all?"
+    return ""
+
+
+def tensors(f: Any) -> Iterator[tuple[str, Tensor]]:
+    """The cotangents, inputs and outputs of the call, by what a sentence calls them."""
+    for k, c in enumerate(f.cotangents):
+        yield "the cotangent" if len(f.cotangents) == 1 else f"the cotangent of output {k}", c.detach().double()
+    for name, x in f.inputs.items():
+        yield name, x.detach().double()
+    for k, o in enumerate(f.outputs):
+        yield "the output" if len(f.outputs) == 1 else f"output {k}", o.detach().double()
+
+
+def candidates(f: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a missing term may be: the tensors of the call, their products with the cotangent, and sums of the cotangent."""
+    shape = f.error.shape
+    for name, t in tensors(f):
+        if expands(t.shape, shape):
+            yield name, t.expand(shape)
+    for c in f.cotangents:
+        dy = c.detach().double()
+        for name, t in tensors(f):
+            if not name.startswith("the cotangent") and dy.shape == t.shape == shape:
+                yield f"cotangent × {name}", dy * t
+        if dy.dim() and sums_to(dy.shape, shape):
+            yield "the sum of the cotangent", dy.sum_to_size(shape)
+        if dy.dim() and dy.shape == shape:
+            yield "the sum of the cotangent over the last dimension", dy.sum(-1, keepdim=True).expand(shape)
+    for name, g in f.gradients.items():
+        if name != f.name and g.shape == shape:
+            yield f"the gradient of {name}", g.double()
+
+
+def flat(t: Tensor) -> bool:
+    """Whether all elements are alike: then it fits anything constant."""
+    return t.numel() == 0 or float(t.max() - t.min()) <= 1e-12 * float(t.abs().max())
+
+
+def times(a: float) -> str:
+    """A coefficient in front of a name."""
+    return "" if math.isclose(a, 1, rel_tol=1e-6) else f"{a:.6g} × "
+
+
+def hits(mask: Tensor, d: int) -> list[int]:
+    """Along a dimension, the indices at which anything is marked."""
+    return [int(k) for k in mask.movedim(d, 0).reshape(mask.shape[d], -1).any(-1).nonzero().reshape(-1)]
+
+
+def noun(dims: int, d: int) -> str:
+    """What an index along a dimension is called."""
+    if dims == 1:
+        return "element"
+    return "column" if d == dims - 1 else "row" if d == dims - 2 else f"slice of dimension {d}"
+
+
+def condition(f: Any, mask: Tensor) -> str:
+    """In words, what is true of an input exactly where a mask marks: zero, at a kink, negative, large; "" if nothing fits."""
+    for name, x in f.inputs.items():
+        x = x.detach().double()
+        if x.shape != mask.shape or x.numel() < 2:
+            continue
+        for value in (0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 3.0, -3.0, 6.0):
+            if torch.equal(x == value, mask):
+                return f"exactly where {name} is {value:g}: the derivative at a kink"
+        if torch.equal(x < 0, mask):
+            return f"exactly where {name} is negative"
+        if torch.equal(x > 0, mask):
+            return f"exactly where {name} is positive"
+        inside, outside = x[mask].abs(), x[~mask].abs()
+        if inside.numel() and outside.numel() and float(inside.min()) > float(outside.max()):
+            return f"where |{name}| is over {float(outside.max()):.4g}"
+        if inside.numel() and outside.numel() and float(inside.max()) < float(outside.min()):
+            return f"where |{name}| is under {float(outside.min()):.4g}"
+    return ""
+
+
+def overflow(f: Any, bad: Tensor) -> str:
+    """A word on overflow, where the inputs are large or the dtype is small."""
+    large = max((float(x.detach().abs().nan_to_num(0, 0, 0).max()) for x in f.inputs.values() if x.numel()), default=0.0)
+    if f.got.dtype == torch.float16 or large > 80:
+        return f": overflow of an intermediate value? (inputs are up to {large:.3g})"
+    return ""
