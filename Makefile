@@ -6,13 +6,16 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz lint wheel clean
+.PHONY: demo test evidence fuzz lint wheel clean
 
 demo: $(READY)  ## verify the ops used, then train digits with torch's layers and with ours
 	$(BIN)/python -m bptoolkit.recipes.demo
 
 test: $(READY)  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)  # one thread a worker: two workers, two cores
+
+evidence: $(READY)  ## every planted fault and correct twin, three seeds: about an hour on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/faults/evidence.py
 
 fuzz: $(READY)  ## the property tests, long and random
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_gradients.py

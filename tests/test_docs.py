@@ -29,6 +29,18 @@ def test_readme_table_is_fresh(capsys):
     assert ops_main(["--markdown", str(ROOT / "README.md"), "--check"]) == 0, capsys.readouterr().out
 
 
+def test_the_tutorial_says_what_happens():
+    """Each version of mine.py in docs/verify.md gets the verdicts that the page quotes."""
+    from tutorial import quoted, reports, verdicts
+
+    pages, now = quoted(), reports()
+    assert len(pages) == len(now) == 3
+    for page, report in zip(pages, now):
+        assert verdicts(page) == verdicts(report), report
+    assert "FAIL gradient_value" in verdicts(now[0]) and {"FAIL version_counter", "FAIL memory"} <= set(verdicts(now[1]))
+    assert not any(v.startswith("FAIL") for v in verdicts(now[2]))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -87,7 +87,7 @@ def test_wheel(built, environment):
     assert "bptoolkit/recipes/__init__.py" in names
     assert "bptoolkit/py.typed" in names
     tops = {n.split("/")[0] for n in names if not n.startswith("bptoolkit-")}
-    assert tops == {"bptoolkit"}, tops
+    assert tops == {"bptoolkit", "bptoolkit_pytest.py"}, tops
     install(python, wheel, cwd=elsewhere)
     assert str(elsewhere) in run(python, "-c", PROBE, cwd=elsewhere)
     assert "linear" in run(python, "-m", "bptoolkit", "ops", cwd=elsewhere)

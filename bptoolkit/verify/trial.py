@@ -93,6 +93,9 @@ class Trial:
         """The outputs of the function under test (or of `fn`); a function that draws random numbers is seeded alike."""
         if self.contract.random:
             torch.manual_seed(self.point.seed)
+        if self.contract.mutates:  # torch lets nobody write to a leaf that requires grad
+            declared = [n in self.contract.mutates for n in self.names]
+            xs = [x.clone() if d and x.requires_grad else x for x, d in zip(xs, declared)]
         return (fn or self.call)(*xs)
 
     def cotangents(self, outputs: Sequence[Tensor], salt: int = 0, kind: str | None = None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Faults and twins of attention, written as a flash kernel is: probabilities are recomputed from the row's log-sum-exp."""
+"""Faults and twins of attention, written as a flash kernel is: probabilities are recomputed from the row's maximum and sum."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def delta_of(dp: Tensor, p: Tensor, dy: Tensor, q: Tensor) -> Tensor:
     return (dp * p).sum(-1, keepdim=True)
 
 
-def probabilities(s: Tensor, lse: Tensor) -> Tensor:
-    """Normalised by the row's log-sum-exp."""
-    return (s - lse).exp()
+def probabilities(s: Tensor, top: Tensor, total: Tensor) -> Tensor:
+    """Normalised by the row's maximum and sum; by their log-sum-exp alone it would lose digits where scores are large."""
+    return (s - top).exp() / total
 
 
 def attention(
     causal: bool = False,
     delta: Callable[..., Tensor] = delta_of,
     p_of: Callable[..., Tensor] = probabilities,
-    p_for_v: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda p, s, lse: p,
+    p_for_v: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda p, s, top: p,
     mask: Callable[[Tensor], Tensor] = hidden,
     dk_scale: Callable[[float], float] = lambda scale: scale,
     keys: Callable[[Tensor], Tensor] = lambda t: t,
@@ -76,26 +76,27 @@ def attention(
         def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             s = up(q) @ up(k).mT * scale_of(q)
             s = hidden(s) if causal else s
-            lse = s.logsumexp(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
-            ctx.save_for_backward(q, k, v, lse)
-            return ((s - lse).exp() @ up(v)).to(q.dtype)
+            top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+            total = (s - top).exp().sum(-1, keepdim=True)
+            ctx.save_for_backward(q, k, v, top, total)
+            return (probabilities(s, top, total) @ up(v)).to(q.dtype)
 
         @staticmethod
         @torch.amp.custom_bwd(device_type="cpu")
         @once_differentiable
         def backward(ctx: Any, dy: Tensor) -> Grads:
-            q, k, v, lse = ctx.saved_tensors
+            q, k, v, top, total = ctx.saved_tensors
             dtype, scale = q.dtype, scale_of(q)
             q, k, v, dy = up(q), up(k), up(v), up(dy.to(dtype))
             s = q @ k.mT * scale
             s = mask(s) if causal else s
-            p = p_of(s, lse)
+            p = p_of(s, top, total)
             dp = dy @ v.mT
             ds = p * (dp - delta(dp, p, dy, q))
             return (
                 (ds @ k * scale).to(dtype),
                 keys(ds.mT @ q * dk_scale(scale)).to(dtype),
-                keys(p_for_v(p, s, lse).mT @ dy).to(dtype),
+                keys(p_for_v(p, s, top).mT @ dy).to(dtype),
             )
 
     return Attention.apply
@@ -140,12 +141,12 @@ def blocks_of(block: int) -> Callable[[Tensor], Tensor]:
     return keep
 
 
-def unnormalised(p: Tensor, s: Tensor, lse: Tensor) -> Tensor:
+def unnormalised(p: Tensor, s: Tensor, top: Tensor) -> Tensor:
     """Not divided by the row's sum."""
-    return (s - s.amax(-1, keepdim=True)).exp() if s.shape[-1] else p
+    return (s - top).exp()
 
 
-def no_maximum(s: Tensor, lse: Tensor) -> Tensor:
+def no_maximum(s: Tensor, top: Tensor, total: Tensor) -> Tensor:
     """Overflows when scores are large."""
     return s.exp() / s.exp().sum(-1, keepdim=True)
 

@@ -99,18 +99,22 @@ def upper_bound(k: int, n: int, confidence: float = 0.95) -> float:
     return high
 
 
-def gather(processes: int, seeds: tuple[int, ...], only: str) -> dict[str, Any]:
-    """Run everything, on several processes."""
+def gather(processes: int, seeds: tuple[int, ...], only: str, minutes: float) -> dict[str, Any]:
+    """Run everything, on several processes, seed after seed; after `minutes` only what has been reached counts."""
     import torch
 
     from faults import FAULTS, TWINS
     from faults.functional import FUNCTIONS
 
     names = {"fault": FAULTS, "twin": TWINS, "function": FUNCTIONS}
-    jobs = [(kind, name, seed) for kind, all_ in names.items() if only in ("", kind) for name in all_ for seed in seeds]
-    rows = []
+    jobs = [(kind, name, seed) for seed in seeds for kind, all_ in names.items() if only in ("", kind) for name in all_]
+    rows, until = [], time.monotonic() + 60 * minutes
     with multiprocessing.get_context("spawn").Pool(processes, _child, maxtasksperchild=40) as pool:
-        for k, row in enumerate(pool.imap_unordered(verify_one, jobs)):
+        scores = list(pool.imap(score_one, FAULTS)) if only in ("", "score") else []
+        for k, row in enumerate(pool.imap(verify_one, jobs)):
+            if time.monotonic() > until:
+                print(f"the time is up: {k} of {len(jobs)} checks were made", flush=True)
+                break
             rows.append(row)
             if row["kind"] != "fault" and row["found"]:
                 print(f"ALARM {row['kind']} {row['name']} seed {row['seed']}: {row['found']}", flush=True)
@@ -118,7 +122,6 @@ def gather(processes: int, seeds: tuple[int, ...], only: str) -> dict[str, Any]:
                 print(f"MISSED {row['name']} seed {row['seed']}: found {list(row['found'])}", flush=True)
             if k % 50 == 49:
                 print(f"{k + 1} of {len(jobs)}", flush=True)
-        scores = list(pool.imap(score_one, FAULTS)) if only in ("", "score") else []
     rows.sort(key=lambda r: (r["kind"], r["name"], r["seed"]))
     return {
         "code": code_hash(),
@@ -197,6 +200,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say whether the record is of this code")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", choices=["", "fault", "twin", "function", "score"], help="print, write nothing")
+    parser.add_argument("--minutes", type=float, default=600.0, help="after these, stop and record what has been reached")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
@@ -204,7 +208,7 @@ def main() -> int:
         stale = json.loads(RECORD.read_text())["code"] != code_hash()
         print("the evidence is of other code: run `make evidence`" if stale else "the evidence is of this code")
         return int(stale)
-    record = gather(args.processes, tuple(range(args.seeds)), args.only)
+    record = gather(args.processes, tuple(range(args.seeds)), args.only, args.minutes)
     if not args.only:
         RECORD.write_text(json.dumps(record, indent=None, separators=(",", ":")).replace('},{"kind"', '},\n{"kind"') + "\n")
         write_page(record)

@@ -1,5 +1,6 @@
-"""Replicas of public bugs in losses, fused layers and convolutions: a scalar for a row's cotangent, a branch without gradient, a
-gate buffer that is written over, a gradient at another tensor's strides.
+"""Replicas of public bugs in losses, fused layers, cells and convolutions.
+
+A scalar for a row's cotangent, a branch without gradient, gates that are written over, a gradient at another tensor's strides.
 """
 
 from __future__ import annotations
@@ -99,8 +100,11 @@ def conv_backward(place: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Se
     """`place(dw, weight as given)` writes the gradient where it goes."""
 
     def backward(xs: Sequence[Tensor], dys: Sequence[Tensor], x: Tensor, w: Tensor) -> Sequence[Tensor]:
-        dx = F.conv_transpose2d(dys[0], w)
-        dw = F.conv2d(x.transpose(0, 1), dys[0].transpose(0, 1)).transpose(0, 1)
+        dx, dw, (h, n) = torch.zeros(x.shape).to(x), torch.zeros(w.shape).to(w), dys[0].shape[2:]
+        for i in range(w.shape[2]):
+            for j in range(w.shape[3]):
+                dx[:, :, i : i + h, j : j + n] += torch.einsum("bohn,oc->bchn", dys[0], w[:, :, i, j])
+                dw[:, :, i, j] = torch.einsum("bohn,bchn->oc", dys[0], x[:, :, i : i + h, j : j + n])
         return [dx, place(dw, xs[1])]
 
     return backward

@@ -12,16 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from faults.history_values import EPS, softmax, wide
 from faults.record import Fault, Twin
 
-HALF = (torch.float16, torch.bfloat16)
-EPS = 1e-5
 CPU = {"device_type": "cpu"}
-
-
-def wide(t: Tensor) -> Tensor:
-    """In float32, if it is narrower."""
-    return t.float() if t.dtype in HALF else t
 
 
 def read(t: Tensor, strides: Sequence[int] | None = None) -> Tensor:
@@ -159,10 +153,6 @@ def linear_logsumexp(x, w):
     return (x @ w.mT).logsumexp(-1)
 
 
-def softmax(x):
-    return x.softmax(-1)
-
-
 def silu(x):
     return x * x.sigmoid()
 
@@ -197,7 +187,8 @@ class RMSOver(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         dy = dy.contiguous()
-        dy.data.copy_(rms_backward([wide(dy)], wide(ctx.saved_tensors[0]))[0])
+        with torch.autograd._unsafe_preserve_version_counter(dy):  # `.data` of a batched tensor ends the process
+            dy.copy_(rms_backward([wide(dy)], wide(ctx.saved_tensors[0]))[0])
         return dy.clone()
 
 

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from bptoolkit.verify.properties import QUICK
+
 pytest_plugins = "pytester"
-LOADED = ("-p", "bptoolkit_pytest", "-p", "no:cacheprovider", "--gradients=quick")  # by name: -p and the entry point are one
+OPTIONS = ("-p", "no:cacheprovider", "--gradients=quick")  # the plugin itself is loaded by its entry point
 
 CODE = """
 import pytest, torch
@@ -39,18 +41,21 @@ SOME = ["gradient_value", "cotangent_layout", "backward_twice"]
 
 @pytest.fixture
 def run(pytester):
-    """Runs a test file in this process, and returns the result."""
+    """Runs test files, each after `CODE`, in a process of their own: torch cannot be imported twice in one."""
 
-    def go(tests: str, *options: str):
-        pytester.makepyfile(CODE + tests)
-        return pytester.runpytest_inprocess(*LOADED, *options)
+    def go(*options: str, **files: str):
+        pytester.makepyfile(**{name: CODE + tests for name, tests in files.items()})
+        return pytester.runpytest_subprocess(*OPTIONS, *options)
 
     return go
 
 
 def test_a_marked_test_is_one_test_a_property(run):
     result = run(
-        """
+        "-v",
+        "-rs",
+        "--strict-markers",
+        test_mine="""
 @pytest.mark.gradients("x: *B N -> *B N", reference=torch.square, properties=SOME)
 def test_right():
     return Square.apply
@@ -58,115 +63,82 @@ def test_right():
 @pytest.mark.gradients("x: *B N -> *B N", reference=torch.square, properties=SOME)
 def test_wrong():
     return Wrong.apply
-""",
-        "-v",
-        "--strict-markers",
-    )
-    result.assert_outcomes(passed=5, failed=1)
-    result.stdout.fnmatch_lines(
-        [
-            "*test_right?cotangent_layout? PASSED*",
-            "*test_wrong?gradient_value? PASSED*",
-            "*test_wrong?cotangent_layout? FAILED*",
-        ]
-    )
-    result.stdout.fnmatch_lines(["*FAILED cotangent_layout:*", "*smallest case*", "*replay*"])
-    result.stdout.no_fnmatch_line("*pytest_plugin.py*")  # the report, not our traceback
 
-
-def test_what_does_not_apply_is_skipped_and_says_why(run):
-    result = run(
-        """
 @pytest.mark.gradients("x: *B N -> *B N", reference=torch.square, properties="some_outputs_unused")
 def test_one_output():
     return Square.apply
-""",
-        "-rs",
-    )
-    result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(["SKIPPED*not applicable: *"])
 
+@pytest.mark.gradients("x: N -> N", properties="gradient_value")
+def test_nothing():
+    Square.apply
 
-def test_fixtures_parameters_and_classes_go_with_the_mark(run):
-    result = run(
-        """
 @pytest.fixture
 def factor():
     return 3
 
-@pytest.mark.gradients("x: N -> N", properties=["gradient_value", "finite_differences"])
+@pytest.mark.gradients("x: N -> N", properties="finite_differences")
 class TestMine:
     @pytest.mark.parametrize("n", [1, 2])
     def test_scaled(self, factor, n):
         return lambda x: n * factor * Square.apply(x)
-"""
-    )
-    assert result.ret == 0 and sum(result.parseoutcomes().values()) == 4
-
-
-def test_all_properties_by_default(run):
-    result = run(
-        """
-@pytest.mark.gradients("x: N -> N", reference=torch.square)
-def test_right():
-    return Square.apply
 """,
+    )
+    result.assert_outcomes(passed=7, failed=2, skipped=1)
+    lines = result.outlines
+    for test, status in {
+        "test_right[cotangent_layout]": "PASSED",
+        "test_wrong[gradient_value]": "PASSED",
+        "test_wrong[cotangent_layout]": "FAILED",
+        "test_one_output[some_outputs_unused]": "SKIPPED",
+        "test_nothing[gradient_value]": "FAILED",
+    }.items():
+        assert any(f"::{test} {status}" in line for line in lines), (test, status)
+    result.stdout.fnmatch_lines(["*FAILED cotangent_layout: *", "*smallest case*", "*replay*"])
+    result.stdout.fnmatch_lines(["*has to return the function to verify*"])
+    result.stdout.fnmatch_lines(["SKIPPED*not applicable: *"])
+    result.stdout.no_fnmatch_line("*pytest_plugin.py*:*: *")  # the report, not a traceback of the plugin
+
+
+def test_the_marks_arguments(run):
+    mine = "\n@pytest.mark.gradients({})\ndef test_mine():\n    return Square.apply\n"
+    result = run(
         "--collect-only",
         "-q",
+        test_all=mine.format("'x: N -> N', reference=torch.square"),
+        test_keyword=mine.format("'x: N -> N', referense=torch.square"),
+        test_property=mine.format("'x: N -> N', properties=['gradient']"),
+        test_position=mine.format("'x: N -> N', torch.square"),
     )
-    from bptoolkit.verify.properties import QUICK
-
-    assert sum("test_right[" in line for line in result.outlines) == len(QUICK)
-
-
-@pytest.mark.parametrize(
-    ("mark", "why"),
-    [
-        ("'x: N -> N', referense=torch.square", "no 'referense'"),
-        ("'x: N -> N', properties=['gradient']", "no property 'gradient'"),
-        ("'x: N -> N', torch.square", "one positional argument"),
-    ],
-)
-def test_a_mark_that_says_something_else(run, mark, why):
-    result = run(f"@pytest.mark.gradients({mark})\ndef test_mine():\n    return Square.apply\n")
     assert result.ret != 0
-    result.stdout.fnmatch_lines([f"*{why}*"])
+    listed = [line for line in result.outlines if line.startswith("test_all.py::test_mine[")]
+    assert len(listed) == len(QUICK)
+    said = result.stdout.str()
+    assert "has no 'referense'; it has inputs, reference" in said
+    assert "there is no property 'gradient'; there are forward_value" in said
+    assert "takes one positional argument" in said
 
 
-def test_a_marked_test_that_returns_nothing(run):
-    result = run("@pytest.mark.gradients('x: N -> N', properties='gradient_value')\ndef test_mine():\n    Square.apply\n")
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*has to return the function to verify*"])
-
-
-def test_the_fixture_raises_the_report_or_returns_it(run):
+def test_the_fixture_raises_the_report_or_returns_it_also_under_xdist(run):
     result = run(
-        """
+        "--gradients-seed=5",
+        "-rA",
+        "-n1",
+        test_mine="""
 def test_right(gradient_verifier):
     report = gradient_verifier(Square.apply, "x: *B N -> *B N", reference=torch.square, properties=SOME)
     assert report.ok and report.seed == 5
 
 def test_wrong(gradient_verifier):
     gradient_verifier(Wrong.apply, "x: *B N -> *B N", reference=torch.square, properties=SOME)
-""",
-        "--gradients-seed=5",
-        "-rA",
-    )
-    result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["*- gradients -*", "*pass  gradient_value*"])
-    result.stdout.fnmatch_lines(["*FAILED cotangent_layout:*"])
 
-
-def test_workers_of_xdist_have_it(run):
-    result = run(
-        """
-@pytest.mark.gradients("x: N -> N", reference=torch.square, properties=SOME)
-def test_right():
+@pytest.mark.gradients("x: N -> N", reference=torch.square, properties="gradient_value")
+def test_marked():
     return Square.apply
 """,
-        "-n1",
     )
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["*FAILED cotangent_layout:*"])
+    result.stdout.fnmatch_lines(["*Captured gradients call*", "*pass  gradient_value*"])
 
 
 def test_it_costs_nothing_where_it_is_not_used(tmp_path):
@@ -174,6 +146,6 @@ def test_it_costs_nothing_where_it_is_not_used(tmp_path):
         "import sys\n\ndef test_plain():\n    assert 'bptoolkit_pytest' in sys.modules\n"
         "    assert not {'torch', 'bptoolkit', 'hypothesis'} & set(sys.modules)\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", *LOADED, "-p", "no:hypothesispytest", "--strict-markers"]
+    command = [sys.executable, "-m", "pytest", "-q", *OPTIONS, "-p", "no:hypothesispytest", "--strict-markers"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
