@@ -157,7 +157,7 @@ def axes_for(target: Target, quick: bool, report: Report) -> Axes:
             refused[dtype] = why
     wanted = target.contract.dtypes
     for dtype, reason in refused.items():
-        if taken and (wanted is None or dtype not in wanted):
+        if wanted is None or dtype not in wanted:
             report.notes.append(
                 f"takes no {dtype}: raises {type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:160]}"
             )

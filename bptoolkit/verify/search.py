@@ -16,7 +16,7 @@ from typing import Any
 from bptoolkit.verify.contract import Contract
 from bptoolkit.verify.inputs import Source, clamp
 from bptoolkit.verify.point import FIELDS, Axes, Point
-from bptoolkit.verify.trial import NotApplicable, Trial, Wrong
+from bptoolkit.verify.trial import NotApplicable, Trial, Wrong, pull
 
 Judge = Callable[[Trial], None]
 MOVED = {  # property -> the fields that its own points move; sizes always do
@@ -38,6 +38,7 @@ MOVED = {  # property -> the fields that its own points move; sizes always do
     "checkpoint": ("layout", "dtype"),
     "devices": ("dtype", "layout", "cotangent"),
 }
+SHARED = frozenset(("compare_values", "judge"))  # the shared comparison, by its own name and as one of its properties
 ONCE = ("compile", "autocast", "fake_tensors", "registration")  # costly, or independent of most axes: the simplest points only
 
 
@@ -193,13 +194,18 @@ def attempt(judge: Judge, trial_at: Callable[[Point], Trial], point: Point) -> W
     except (Unusable, KeyboardInterrupt, MemoryError):
         raise
     except Exception as crash:
-        return explain_crash(trial, crash)
+        return explain_crash(trial, crash, judge)
     return None
 
 
-def explain_crash(trial: Trial, crash: Exception) -> Wrong | NotApplicable:
-    """What an exception means: the function refuses this call, or fails where it should not."""
+def explain_crash(trial: Trial, crash: Exception, judge: Judge | None = None) -> Wrong | NotApplicable:
+    """What an exception means: the function refuses this call, or fails where it should not.
+
+    A call that raises by itself is a finding of the shared comparison; to the other properties it is no call to judge.
+    """
     said = f"{type(crash).__name__}: {(str(crash).splitlines() or [''])[0][:300]}"
+    if judge is not None and judge.__name__ not in SHARED and _raises(trial):
+        return NotApplicable(f"the call itself raises {said}")
     empty = any(v.numel() == 0 for v in trial.values)
     if empty and not trial.contract.empty:
         return NotApplicable("declared: takes no tensors without elements")
@@ -213,6 +219,17 @@ def explain_crash(trial: Trial, crash: Exception) -> Wrong | NotApplicable:
     elif empty:
         return NotApplicable(f"raises without elements: {said}")
     return Wrong(f"raised {said}", what="raised")
+
+
+def _raises(trial: Trial) -> bool:
+    """Whether the plain call raises, gradients and all."""
+    try:
+        xs = trial.leaves()
+        outputs = trial.run(xs)
+        pull(outputs, xs, trial.cotangents(outputs))
+    except Exception:
+        return True
+    return False
 
 
 def _alike(a: Wrong, b: Wrong) -> bool:
