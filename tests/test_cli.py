@@ -39,7 +39,7 @@ def test_unknown_op_lists_those_there_are(command, capsys):
 
 
 def test_verify(capsys):
-    assert main(["verify", "linear", "--calls", "2"]) == 0
+    assert main(["verify", "linear", "--quick"]) == 0
     assert "ok" in capsys.readouterr().out
 
 
@@ -78,3 +78,58 @@ def test_saved_bytes_counts_each_storage_once():
     assert saved_bytes(lambda: (x * x, x.sin())) == 400
     assert saved_bytes(lambda: x.exp()) == 400
     assert saved_bytes(lambda: x + 1) == 0
+
+
+MINE = """
+import torch
+
+class Mine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.saved_tensors[0].cos() * (2 if dy.dim() and dy.stride(-1) == 0 else 1)
+"""
+
+
+def test_verify_a_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    words = ["verify", "mine.py:Mine", "--inputs", "x: B N -> B N", "--reference", "torch:sin"]
+    files = ["--json", "out.json", "--junit", "out.xml"]
+    assert main([*words, "--quick", *files]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED cotangent_layout" in out and "reads past strides" in out
+    record = json.loads((tmp_path / "out.json").read_text())[0]
+    assert not record["ok"] and 'failures="' in (tmp_path / "out.xml").read_text()
+    assert main([*words, "--replay", record["failures"][0]["line"]]) == 1
+    assert main([*words, "--only", "forward_value"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mine.py:Mine"], "needs --inputs"),
+        (["mine.py:Nope", "--inputs", "x: B -> B"], "has no 'Nope'"),
+        (["nope.py:Mine", "--inputs", "x: B -> B"], "no file"),
+        (["nope.nope:f", "--inputs", "x: B -> B"], "cannot import"),
+        (["mine.py:Mine", "--inputs", "x: B -> B", "--contract", "nope=1"], "no 'nope'"),
+        (["mine.py:Mine", "--inputs", "x: B -> B", "--only", "nope"], "no property"),
+        (["mine.py:Mine", "--mutate"], "--mutate takes"),
+        (["mine.py:Mine", "--inputs", "x: B -> B", "--replay", "nonsense"], "not a point"),
+    ],
+)
+def test_verify_says_what_is_missing(tmp_path, monkeypatch, capsys, words, said):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify", *words]) == 2
+    assert said in capsys.readouterr().out
+
+
+def test_verify_lists_its_properties(capsys):
+    assert main(["verify", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "cotangent_layout" in out and "stride 0" in out

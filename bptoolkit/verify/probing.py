@@ -1,13 +1,103 @@
-"""What the probes of `diagnosis` share: comparing to within rounding, naming a factor, and saying which elements are meant."""
+"""What the probes of `diagnosis` look at, and what they share: comparing, naming a factor, saying which elements are meant."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bptoolkit.verify.point import Point
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A result that is wrong, and what is known about the call that gave it.
+
+    Attributes:
+        what: what is wrong, "gradient of w" or "output".
+        got: the result.
+        want: the right one, in float64.
+        sigma: the size of the rounding error in each element, where known.
+        inputs: the call's inputs by name.
+        outputs, cotangents: of the call.
+        gradients: the right gradients of all inputs by name, in float64.
+        point: the configuration.
+        matters: the axes without which it does not fail: fields of the point, or letters of its sizes ("sizes:N" or "N").
+        rerun: gives the gradients of the function under test, one an input in the order of `inputs`, of another call: with
+            other `cotangents`, with `contiguous_inputs=True`, in another `dtype`.
+    """
+
+    what: str
+    got: Tensor
+    want: Tensor
+    sigma: Tensor | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: tuple[Tensor, ...] = ()
+    cotangents: tuple[Tensor, ...] = ()
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    point: Point = field(default_factory=Point)
+    matters: tuple[str, ...] = ()
+    rerun: Callable[..., list[Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The input whose gradient it is; "" for an output."""
+        return self.what.removeprefix("gradient of ") if self.what.startswith("gradient of ") else ""
+
+    @property
+    def subject(self) -> str:
+        """The result, as the subject of a sentence."""
+        return f"{self.name}'s gradient" if self.name else f"the {self.what or 'result'}"
+
+    @cached_property
+    def g(self) -> Tensor:
+        """The result in float64."""
+        return self.got.detach().double()
+
+    @cached_property
+    def w(self) -> Tensor:
+        """The right result in float64."""
+        return self.want.detach().double()
+
+    @cached_property
+    def error(self) -> Tensor:
+        """Result minus right result."""
+        return self.g - self.w
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """The error in each element that rounding explains."""
+        scale = torch.maximum(self.w.abs(), rms(self.w).expand_as(self.w))
+        if self.sigma is not None and self.sigma.shape == self.w.shape:
+            return 6 * self.sigma.double() + 1e-9 * scale
+        return scale * (1e-6 if self.got.dtype == torch.float64 else 16 * torch.finfo(self.got.dtype).eps)
+
+    @cached_property
+    def wrong(self) -> Tensor:
+        """Which elements are wrong."""
+        return (self.error.abs() > self.allowed) | ~self.g.isfinite()
+
+    def like(self, candidate: Tensor, scale: float = 1.0) -> bool:
+        """Whether the result is this candidate, which is not the right result."""
+        return candidate.shape == self.g.shape and self.explains(self.g, candidate.detach().double(), scale)
+
+    def explains(self, seen: Tensor, model: Tensor, scale: float = 1.0) -> bool:
+        """Whether a model of something seen, result or error, leaves nothing but rounding, and little of the error."""
+        rest, error = rms(seen - model), rms(self.error)
+        if not bool(rest.isfinite() & error.isfinite()) or float(rms(model)) == 0:
+            return False
+        if self.got.dtype == torch.float64:
+            limit = 1e-6 * rms(model)
+        elif self.sigma is not None:
+            limit = max(1.0, scale) * rms(self.allowed) / 2
+        else:
+            limit = 4 * torch.finfo(self.got.dtype).eps * torch.maximum(rms(self.w), rms(model))
+        return bool(rest <= limit) and bool(rest < 0.1 * error)
 
 
 def rms(t: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 from bptoolkit.verify.contract import Contract
 from bptoolkit.verify.inputs import Source, clamp
 from bptoolkit.verify.point import FIELDS, Axes, Point
+from bptoolkit.verify.properties.values import VALUE_PROPERTIES
 from bptoolkit.verify.trial import NotApplicable, Trial, Wrong, pull
 
 Judge = Callable[[Trial], None]
@@ -38,7 +39,7 @@ MOVED = {  # property -> the fields that its own points move; sizes always do
     "checkpoint": ("layout", "dtype"),
     "devices": ("dtype", "layout", "cotangent"),
 }
-SHARED = frozenset(("compare_values", "judge"))  # the shared comparison, by its own name and as one of its properties
+SHARED = frozenset(("compare_values", *VALUE_PROPERTIES))  # the shared comparison, by its own name and as one of its properties
 ONCE = ("compile", "autocast", "fake_tensors", "registration")  # costly, or independent of most axes: the simplest points only
 
 

@@ -153,7 +153,7 @@ def cell(over: bool) -> Callable[..., Tensor]:
 ENTROPY = {"family": "softmax", "inputs": "x: B C -> B", "reference": entropy}
 PRENORM = {"family": "norm", "inputs": "x: B N, r: B N -> B N, B N", "reference": prenorm}
 BIASED = {"family": "attention", "inputs": "q: T D, k: S D, v: S D, b: T S -> T D", "reference": biased_attention}
-CONV = {"family": "conv", "inputs": "x: B C 5 6, w: O C 3 2 -> B O 3 5", "reference": conv}
+CONV = {"family": "conv", "inputs": "x: B 3 5 6, w: O 3 3 2 -> B O 3 5", "reference": conv}
 CELL = {"family": "recurrent", "inputs": "a: B H, b: B H, c: B H -> B H", "reference": gated}
 
 _scalar = op(entropy, entropy_backward(lambda dy: dy[:1, None]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import bptoolkit.verify.properties.memory as memory
 import bptoolkit.verify.properties.numeric as numeric
 import bptoolkit.verify.properties.state as state
 import bptoolkit.verify.properties.tools as tools
@@ -21,12 +22,12 @@ PROPERTIES: dict[str, Callable[[Trial], None]] = {
         f.__name__: f
         for f in (
             state.some_outputs_unused,
-            state.nothing_changed,
+            memory.nothing_changed,
             state.backward_twice,
             state.interleaved_calls,
             state.gradients_kept,
             state.version_counter,
-            state.memory,
+            memory.memory,
             state.deterministic,
             state.global_rng,
             numeric.linear_in_cotangent,
