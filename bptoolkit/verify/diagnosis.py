@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import torch
-
-from bptoolkit.verify.picture import where_wrong
+from bptoolkit.verify.lost_precision import lost_precision
+from bptoolkit.verify.picture import noun
 from bptoolkit.verify.probing import Finding as Finding
 from bptoolkit.verify.probing import (
     candidates,
@@ -23,20 +22,18 @@ from bptoolkit.verify.probing import (
     flat,
     hits,
     near,
-    noun,
     overflow,
+    place,
     raw,
     rerun,
     right,
-    rms,
     sums_to,
     tensors,
     times,
 )
+from bptoolkit.verify.variants import mistaken_call, products, sizes_that_matter
 
 TILES = (128, 64, 32, 16)
-
-
 Probe = Callable[[Finding], Iterator[str]]
 
 
@@ -130,7 +127,9 @@ def _cotangent_ignored(f: Finding) -> Iterator[str]:
 
 def _zero(f: Finding) -> Iterator[str]:
     if not f.g.any() and f.w.any():
-        yield f"{f.subject} is zero everywhere: not computed, detached, or the wrong index of needs_input_grad?"
+        yield f"{f.subject} is zero everywhere" + ": not computed, detached, or the wrong index of needs_input_grad?" * bool(
+            f.name
+        )
 
 
 def _scaled(f: Finding) -> Iterator[str]:
@@ -145,7 +144,7 @@ def _scaled(f: Finding) -> Iterator[str]:
     if said:
         yield f"{f.subject} equals the expected one {said}"
     elif f.g.numel() > 3 and int((f.w != 0).sum()) > 3:
-        yield f"{f.subject} equals the expected one times {c:.6g}: a constant factor"
+        yield f"{f.subject} equals the expected one times {c:.{6 if abs(c - 1) > 1e-3 else 12}g}: a constant factor"
 
 
 def _elsewhere(f: Finding) -> Iterator[str]:
@@ -159,6 +158,10 @@ def _elsewhere(f: Finding) -> Iterator[str]:
         if f.like(t):
             tail = ": passed through unchanged?" if name.startswith("the cotangent") else ""
             yield f"{f.subject} equals {name}{tail}"
+    for name, t in products(f):
+        if f.like(t):
+            yield f"{f.subject} equals {name}"
+            return
 
 
 def _moved(f: Finding) -> Iterator[str]:
@@ -201,7 +204,7 @@ def _per_row(f: Finding) -> Iterator[str]:
         if f.w.shape[d] < 3 or f.w.numel() < 6:
             continue
         c = (f.g * f.w).sum(d, keepdim=True) / (f.w * f.w).sum(d, keepdim=True)
-        if not f.like(c * f.w, float(c.abs().max())):
+        if not f.like(c * f.w, float(c.abs().max())) or not bool(((c - 1).abs() > 1e-3).all()) or not bool(c.all()):
             continue
         for name, t in tensors(f):
             for part, said in ((t, "multiplied by"), (1 / t, "divided by")):
@@ -231,7 +234,7 @@ def _terms(f: Finding) -> Iterator[str]:
     if f.explains(r, r.mean().expand_as(r)):
         yield f"{f.subject} equals the expected one plus the constant {float(r.mean()):.6g}"
         return
-    for name, t in candidates(f):
+    for name, t in (*candidates(f), *products(f)):
         square = float((t * t).sum())
         if square == 0 or not math.isfinite(square) or flat(t):
             continue
@@ -272,8 +275,8 @@ def _not_finite(f: Finding) -> Iterator[str]:
     if not bool(bad.any()):
         return
     kind = "NaN" if bool(f.g[bad].isnan().all()) else "inf" if not bool(f.g[bad].isnan().any()) else "NaN or inf"
-    place = condition(f, bad) or where_wrong(bad)
-    yield f"{f.subject} is {kind} {place}{overflow(f, bad)}"
+    said = condition(f, bad) or place(bad)
+    yield f"{f.subject} is {kind} {said}{overflow(f, bad)}"
 
 
 def _blocks(f: Finding) -> Iterator[str]:
@@ -293,18 +296,15 @@ def _blocks(f: Finding) -> Iterator[str]:
         there = f.g.narrow(d, first, len(hit))[inside]
         state = "zero" if not bool(there.any()) else "wrong"
         part = noun(mask.dim(), d)
-        tile = next((t for t in TILES if last == n - 1 and first and first % t == 0 and n % t), 0)
+        tile = next((t for t in TILES if last == n - 1 and first and first % t == 0 and n - first < t), 0)
         if tile:
-            yield (
-                f"{f.subject} is {state} {where_wrong(mask)}, beyond the last whole block of {tile}: the tail of a "
-                "block is left out"
-            )
+            yield f"{f.subject} is {state} {place(mask)}, beyond the last whole block of {tile}: its tail is left out"
         elif last == n - 1 and len(hit) == 1:
-            yield f"{f.subject} is {state} {where_wrong(mask)}: the last {part} is left out"
+            yield f"{f.subject} is {state} {place(mask)}: the last {part} is left out"
         elif first == 0 and len(hit) == 1:
-            yield f"{f.subject} is {state} {where_wrong(mask)}: the first {part} is left out"
+            yield f"{f.subject} is {state} {place(mask)}: the first {part} is left out"
         else:
-            yield f"{f.subject} is {state} {where_wrong(mask)}"
+            yield f"{f.subject} is {state} {place(mask)}"
         return
 
 
@@ -326,47 +326,7 @@ def _places(f: Finding) -> Iterator[str]:
         yield f"{f.subject} is {state} {said}"
 
 
-# ---- precision
-
-
-def _precision(f: Finding) -> Iterator[str]:
-    """An error that is spread and of the size of another dtype's rounding."""
-    scale = rms(f.w)
-    if f.got.dtype in (torch.float64, torch.float32) and f.g.numel() > 3 and bool(f.g.isfinite().all()) and float(scale) > 0:
-        relative = float(rms(f.error) / scale)
-        below = (
-            [torch.bfloat16, torch.float16, torch.float32] if f.got.dtype == torch.float64 else [torch.bfloat16, torch.float16]
-        )
-        for d in below:
-            short = str(d).removeprefix("torch.")
-            u = torch.finfo(d).eps / 2
-            if torch.equal(f.g.to(d).double(), f.g) and not torch.equal(f.w.to(d).double(), f.w) and relative < 16 * u:
-                yield f"every element of {f.subject} is a {short} number: computed or stored in {short}"
-                return
-        for d in below:
-            u = torch.finfo(d).eps / 2
-            spread = float(f.wrong.double().mean()) > 0.5 or relative > u / 8
-            if spread and u / 6 < relative < 3 * u and float(f.error.abs().max() / scale) < 24 * u:
-                short = str(d).removeprefix("torch.")
-                size = round(math.log2(relative))
-                yield (
-                    f"the error of {f.subject} is 2^{size} relative, the rounding of {short}: computed in lower precision "
-                    "inside?"
-                )
-                return
-    sizes = [m.removeprefix("sizes:") for m in f.matters if m.removeprefix("sizes:") in dict(f.point.sizes)]
-    if "dtype" in f.matters and sizes and f.got.dtype != torch.float64 and bool(f.g.isfinite().all()) and float(scale) > 0:
-        if float(rms(f.error) / scale) < 64 * torch.finfo(f.got.dtype).eps:
-            short = str(f.got.dtype).removeprefix("torch.")
-            yield (
-                f"the error of {f.subject} grows with {', '.join(sizes)} and only in {short}: a sum is kept in "
-                f"{short} instead of float32?"
-            )
-    elif "dtype" in f.matters and f.got.dtype != torch.float64 and f.name and bool(f.wrong.any()):
-        again = rerun(f, dtype=torch.float64)
-        if again is not None and near(again.double(), f.w, torch.float64):
-            short = str(f.got.dtype).removeprefix("torch.")
-            yield f"right in float64, wrong in {short}: overflow, cancellation or a sum in low precision inside"
+# ---- axes
 
 
 def _axes(f: Finding) -> Iterator[str]:
@@ -384,7 +344,7 @@ def _axes(f: Finding) -> Iterator[str]:
         yield f"right when the inputs are contiguous, wrong when they are {p.layout.replace('_', ' ')}: reads past strides"
 
 
-_CERTAIN = {_strides, _zero, _scaled, _elsewhere, _cotangent_ignored, _moved, _not_finite, _terms}
+_CERTAIN = {mistaken_call, _places, _strides, _zero, _scaled, _elsewhere, _cotangent_ignored, _moved, _not_finite, _terms}
 SHAPE_PROBES: tuple[Probe, ...] = (_broadcast, _other_shape)
 PROBES: tuple[Probe, ...] = (
     _strides,
@@ -393,12 +353,14 @@ PROBES: tuple[Probe, ...] = (
     _scaled,
     _elsewhere,
     _moved,
+    mistaken_call,
     _cotangent_ignored,
-    _blocks,
     _places,
+    _blocks,
     _terms,
-    _precision,
+    lost_precision,
     _per_row,
     _row_terms,
     _axes,
+    sizes_that_matter,
 )

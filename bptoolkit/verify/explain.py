@@ -31,7 +31,7 @@ def failure_of(
     if isinstance(found.got, Tensor) and isinstance(found.want, Tensor) and found.got.shape == found.want.shape:
         guesses = _quietly(lambda: tuple(diagnose(_finding(trial, found, matters))), ())
         error = (found.got.double() - found.want).abs()
-        drawing = _quietly(lambda: heat_map(error, found.want) if error.numel() > 1 else "", "")
+        drawing = _quietly(lambda: heat_map(error, found.want, found.got.dtype) if error.numel() > 1 else "", "")
     return Failure(
         property=name,
         message=str(found),
@@ -76,6 +76,7 @@ def _finding(trial: Trial, found: Wrong, matters: Any) -> Finding:
         point=trial.point,
         matters=tuple(f"sizes:{a}" if a in dict(trial.point.sizes) else a for a in matters),
         rerun=_rerun(trial),
+        truth=lambda inputs, given: truth_of(every, n)([*inputs, *given])[len(outputs) :],
     )
 
 

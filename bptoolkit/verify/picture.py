@@ -9,12 +9,13 @@ LEVELS = " .:-=+*#%@"
 ROWS, COLUMNS = 16, 48
 
 
-def heat_map(error: Tensor, want: Tensor | None = None) -> str:
+def heat_map(error: Tensor, want: Tensor | None = None, dtype: torch.dtype | None = None) -> str:
     """A tensor's errors as a picture: rows of the last dimension, a character a cell, a level a power of ten below the largest.
 
     Args:
         error: absolute errors, of any shape.
         want: the expected values, of the same shape; if given, a row below says how large they are.
+        dtype: of the result; an error that its rounding explains is then not called wrong.
 
     Returns:
         Text of at most 16 rows and 48 columns, with the ranges of the indices, and a sentence on where the error sits.
@@ -37,7 +38,10 @@ def heat_map(error: Tensor, want: Tensor | None = None) -> str:
         lines.append(
             f"{'':>{width}}  expected values are up to {float(want.detach().double().abs().nan_to_num(0, 0, 0).max()):.2g}"
         )
-    lines.append(f"{'':>{width}}  wrong: {where_wrong(e > 1e-6 * top)}")
+    allowed = torch.as_tensor(1e-6 * top)
+    if want is not None and dtype is not None:
+        allowed = 16 * torch.finfo(dtype).eps * want.detach().double().abs().nan_to_num(0, 0, 0).clamp(min=1e-6 * top)
+    lines.append(f"{'':>{width}}  wrong: {where_wrong(e > allowed if bool((e > allowed).any()) else e > 0)}")
     return "\n".join(lines)
 
 
@@ -58,29 +62,35 @@ def _range(index: Tensor) -> str:
 def where_wrong(mask: Tensor) -> str:
     """In words, which elements a mask marks: everywhere, one element, some rows, the tail of a dimension ..."""
     n, wrong = mask.numel(), int(mask.sum())
-    if wrong == 0:
-        return "nowhere"
-    if wrong == n:
-        return "everywhere"
+    if wrong in (0, n):
+        return "everywhere" if wrong else "nowhere"
     at = mask.nonzero()
     if wrong == 1:
         return f"one element of {n}, at {tuple(int(k) for k in at[0])}"
-    for d in range(mask.dim()):
-        size = mask.shape[d]
+    said, box = [], 1
+    for d, size in enumerate(mask.shape):
         marked = at[:, d].unique()
-        if len(marked) == size:
-            continue
-        name = "rows" if d == mask.dim() - 2 else "columns" if d == mask.dim() - 1 and mask.dim() > 1 else f"dimension {d}"
-        whole = bool(mask.index_select(d, marked).all())
-        first, last = int(marked[0]), int(marked[-1])
-        span = _range(marked) if last - first + 1 == len(marked) else f"{len(marked)} of {size}"
-        tail = (
-            " (the last)"
-            if len(marked) == 1 and last == size - 1
-            else " (the first)"
-            if len(marked) == 1 and first == 0
-            else ""
-        )
-        tail = f" (all from {first} on)" if last == size - 1 and len(marked) > 1 and last - first + 1 == len(marked) else tail
-        return f"{'all' if whole else 'some'} of {name} {span}{tail}"
-    return f"{wrong} of {n} elements, scattered"
+        box *= len(marked)
+        if len(marked) < size:
+            said.append(_span(marked, size, noun(mask.dim(), d)))
+    if not said:
+        return f"{wrong} of {n} elements, scattered"
+    return "part of " * (box > wrong) + ", ".join(said)
+
+
+def _span(marked: Tensor, size: int, name: str) -> str:
+    """The marked indices of a dimension: "row 3 (the last)", "rows 16-31", "4 of 8 columns"."""
+    first, last, count = int(marked[0]), int(marked[-1]), len(marked)
+    if count == 1:
+        return f"{name} {first}" + (" (the last)" if last == size - 1 else " (the first)" if first == 0 else "")
+    names = name.replace("slice", "slices") if name.startswith("slice") else f"{name}s"
+    if last - first + 1 > count:
+        return f"{count} of {size} {names}"
+    return f"{names} {_range(marked)}" + f" (all from {first} on)" * (last == size - 1)
+
+
+def noun(dims: int, d: int) -> str:
+    """What an index along a dimension is called."""
+    if dims == 1:
+        return "element"
+    return "column" if d == dims - 1 else "row" if d == dims - 2 else f"slice of dimension {d}"

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bptoolkit.verify.layouts import KINKS
+from bptoolkit.verify.picture import where_wrong
 from bptoolkit.verify.point import Point
 
 
@@ -30,6 +32,7 @@ class Finding:
         matters: the axes without which it does not fail: fields of the point, or letters of its sizes ("sizes:N" or "N").
         rerun: gives the gradients of the function under test, one an input in the order of `inputs`, of another call: with
             other `cotangents`, with `contiguous_inputs=True`, in another `dtype`.
+        truth: (inputs, cotangents) -> the right gradients of another call, one an input, in float64.
     """
 
     what: str
@@ -43,6 +46,7 @@ class Finding:
     point: Point = field(default_factory=Point)
     matters: tuple[str, ...] = ()
     rerun: Callable[..., list[Any]] | None = None
+    truth: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -151,37 +155,60 @@ def raw(t: Tensor) -> Tensor | None:
 
 
 def factor(f: Any, c: float) -> str:
-    """A factor in words, if it is one that mistakes have: a sign, a half, a size, or the root of one."""
-    for value, words in (
-        (-1.0, "with the wrong sign"),
-        (2.0, "times 2: a term counted twice?"),
-        (0.5, "times 1/2: a factor of 2 is missing"),
-    ):
-        if math.isclose(c, value, rel_tol=1e-6):
-            return words
-    sizes = {letter: int(n) for letter, n in f.point.sizes if str(n).isdigit() and int(n) > 1 and letter != "case"}
-    named = [(n, f"the {'batch size' if k == 'B' else 'size'} {k}") for k, n in sizes.items()]
-    outputs = [o.numel() for o in f.outputs if o.numel() > 1]
-    named += [(n, "the number of elements of the output") for n in outputs]
-    named += [(x.shape[0], f"the first dimension of {k}") for k, x in f.inputs.items() if x.dim() and x.shape[0] > 2]
-    for n, words in named:
-        if math.isclose(abs(c), 1 / n, rel_tol=1e-6):
-            return f"divided by {n}, {words}: mean instead of sum?" + " (and with the wrong sign)" * (c < 0)
-        if math.isclose(abs(c), n, rel_tol=1e-6):
-            return f"times {n}, {words}: sum instead of mean?" + " (and with the wrong sign)" * (c < 0)
+    """A factor in words, if it is one that mistakes have: a sign, a size, the root of one, a half."""
+    low = f.got.dtype not in (torch.float64, torch.float32)
+    if low and f.g.numel() < 4:  # a few rounded numbers fit too many factors
+        return ""
+    close = {torch.float64: 1e-6, torch.float32: 1e-5}.get(f.got.dtype, torch.finfo(f.got.dtype).eps)
+    sign = " (and with the wrong sign)" if c < 0 else ""
+    if math.isclose(c, -1, rel_tol=close):
+        return "with the wrong sign"
+    plain = {2.0: "times 2: a term counted twice?", 0.5: "divided by 2: a factor of 2 is missing?"}
+    constant = next((words for value, words in plain.items() if math.isclose(abs(c), value, rel_tol=close)), "")
+    for n, words in _sizes(f):
+        for value, how in (
+            (1 / n, f"divided by {n}, {words}: mean instead of sum?"),
+            (n, f"times {n}, {words}: sum instead of mean?"),
+        ):
+            if math.isclose(abs(c), value, rel_tol=close):
+                return how + " Or a factor of 2?" * bool(constant) + sign
+    if constant:
+        return constant + sign
+    for n, words in _sizes(f):
         for value, how in ((math.sqrt(n), "times"), (1 / math.sqrt(n), "divided by")):
-            if math.isclose(abs(c), value, rel_tol=1e-6):
-                return f"{how} the root of {n}, {words}: a scale applied twice or not at all?"
+            if math.isclose(abs(c), value, rel_tol=close):
+                return f"{how} the root of {n}, {words}: a scale applied twice or not at all?" + sign
+        for value, how in (((n - 1) / n, f"{n - 1}/{n}"), (n / (n - 1), f"{n}/{n - 1}")):
+            if not low and n > 2 and math.isclose(abs(c), value, rel_tol=close):
+                return f"times {how}, {n} being {words}: a variance by n or by n - 1?" + sign
+    for value, how in ((math.log(2), "ln 2"), (1 / math.log(2), "1/ln 2")):
+        if math.isclose(abs(c), value, rel_tol=close):
+            return f"times {how}: exp2 or log2 for exp or log?" + sign
     return ""
 
 
+def _sizes(f: Any) -> Iterator[tuple[int, str]]:
+    """The sizes of a call that a factor may be, likeliest first, in words."""
+    found: list[tuple[int, str]] = []
+    for letter, size in f.point.sizes:
+        n = math.prod(int(k) for k in str(size).split("x")) if str(size) not in ("-", "") and letter != "case" else 0
+        found.append((n, f"the {'batch size' if letter.strip('*') in ('B', 'N') else 'size'} {letter}"))
+    found += [(o.numel(), "the number of elements of the output") for o in f.outputs]
+    found += [(n, f"the size of dimension {d} of {k}") for k, x in f.inputs.items() for d, n in enumerate(x.shape)]
+    seen = set()
+    for n, words in found:
+        if n > 1 and n not in seen:
+            seen.add(n)
+            yield n, words
+
+
 def tensors(f: Any) -> Iterator[tuple[str, Tensor]]:
-    """The cotangents, inputs and outputs of the call, by what a sentence calls them."""
-    for k, c in enumerate(f.cotangents):
+    """The inputs of the call, and for a gradient its cotangents and outputs, by what a sentence calls them."""
+    for k, c in enumerate(f.cotangents if f.name else ()):
         yield "the cotangent" if len(f.cotangents) == 1 else f"the cotangent of output {k}", c.detach().double()
     for name, x in f.inputs.items():
         yield name, x.detach().double()
-    for k, o in enumerate(f.outputs):
+    for k, o in enumerate(f.outputs if f.name else ()):  # an output is itself among them
         yield "the output" if len(f.outputs) == 1 else f"output {k}", o.detach().double()
 
 
@@ -191,7 +218,7 @@ def candidates(f: Any) -> Iterator[tuple[str, Tensor]]:
     for name, t in tensors(f):
         if expands(t.shape, shape):
             yield name, t.expand(shape)
-    for c in f.cotangents:
+    for c in f.cotangents if f.name else ():
         dy = c.detach().double()
         for name, t in tensors(f):
             if not name.startswith("the cotangent") and dy.shape == t.shape == shape:
@@ -220,32 +247,54 @@ def hits(mask: Tensor, d: int) -> list[int]:
     return [int(k) for k in mask.movedim(d, 0).reshape(mask.shape[d], -1).any(-1).nonzero().reshape(-1)]
 
 
-def noun(dims: int, d: int) -> str:
-    """What an index along a dimension is called."""
-    if dims == 1:
-        return "element"
-    return "column" if d == dims - 1 else "row" if d == dims - 2 else f"slice of dimension {d}"
+def place(mask: Tensor) -> str:
+    """Where a mask marks, to follow "is wrong"."""
+    said = where_wrong(mask)
+    return said if said in ("everywhere", "nowhere") else f"in {said}"
 
 
 def condition(f: Any, mask: Tensor) -> str:
-    """In words, what is true of an input exactly where a mask marks: zero, at a kink, negative, large; "" if nothing fits."""
+    """In words, what is true of an input exactly where a mask marks: zero, at a kink, negative, large; "" if nothing fits.
+
+    Of one wrong element some input is always the largest: it speaks only where chance would do so less than once in a thousand.
+    """
+    marked = int(mask.sum())
+    if not 0 < marked < mask.numel():
+        return ""
+    rare = math.comb(mask.numel(), marked) > 1000
     for name, x in f.inputs.items():
         x = x.detach().double()
-        if x.shape != mask.shape or x.numel() < 2:
+        if not expands(x.shape, mask.shape):
             continue
-        for value in (0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 3.0, -3.0, 6.0):
-            if torch.equal(x == value, mask):
-                return f"exactly where {name} is {value:g}: the derivative at a kink"
-        if torch.equal(x < 0, mask):
-            return f"exactly where {name} is negative"
-        if torch.equal(x > 0, mask):
-            return f"exactly where {name} is positive"
-        inside, outside = x[mask].abs(), x[~mask].abs()
-        if inside.numel() and outside.numel() and float(inside.min()) > float(outside.max()):
-            return f"where |{name}| is over {float(outside.max()):.4g}"
-        if inside.numel() and outside.numel() and float(inside.max()) < float(outside.min()):
-            return f"where |{name}| is under {float(outside.min()):.4g}"
+        x = x.expand(mask.shape)
+        corners = [v for v in KINKS if bool((x[mask] == v).any())]
+        if 0 < len(corners) < 4 and mask.numel() > 3 and torch.equal(torch.isin(x, torch.tensor(corners).to(x)), mask):
+            values = " or ".join(f"{v:g}" for v in corners)
+            if not rare or not _beyond(x, mask).startswith("over"):  # that the others are smaller says more
+                return f"exactly where {name} is {values}: the derivative at a kink"
+        if x.dim():
+            top = x == x.amax(-1, keepdim=True)
+            ties = top & (top.sum(-1, keepdim=True) > 1)
+            if torch.equal(ties, mask) and mask.numel() > 3:
+                return f"exactly where {name} ties for the largest of its row"
+        if not rare:
+            continue
+        for value in KINKS:
+            for holds, word in ((x < value, "below"), (x > value, "above")):
+                if torch.equal(holds, mask):
+                    return f"exactly where {name} is {word} {value:g}"
+        said = _beyond(x, mask)
+        if said:
+            return f"where |{name}| is {said}"
     return ""
+
+
+def _beyond(x: Tensor, mask: Tensor) -> str:
+    """Whether the marked elements are the largest, or the smallest, in magnitude."""
+    inside, outside = x[mask].abs(), x[~mask].abs()
+    if float(inside.min()) > float(outside.max()):
+        return f"over {float(outside.max()):.4g}"
+    return f"under {float(outside.min()):.4g}" if float(inside.max()) < float(outside.min()) else ""
 
 
 def overflow(f: Any, bad: Tensor) -> str:

@@ -26,8 +26,9 @@ def sizes(
     """Sizes: small ones, then one, zero, and both sides of each tile in `around`.
 
     Example:
-        >>> sizes(around=(8,), zero=False).filter(lambda n: n > 6)
-        sizes(around=(8,), zero=False).filter(lambda n: n > 6)
+        >>> import hypothesis
+        >>> hypothesis.find(sizes(around=(8,), zero=False), lambda n: n > 6)
+        7
     """
     if any(n < 2 for n in around) or small < 2:
         raise ValueError(f"verify.strategies.sizes: around={tuple(around)} and small={small} must be at least 2")

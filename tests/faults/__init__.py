@@ -24,6 +24,7 @@ MODULES = (
     "orders",
     "outputs",
     "library",
+    "stochastic",
 )
 
 _modules = [import_module(f"faults.{name}") for name in MODULES]

@@ -13,6 +13,7 @@ from faults.evidence import RECORD, code_hash, upper_bound
 
 from bptoolkit import verify
 from bptoolkit.verify.properties import PROPERTIES
+from bptoolkit.verify.properties.values import VALUE_PROPERTIES
 
 SAMPLE = sorted(FAULTS)[::6]
 TWIN_SAMPLE = sorted(TWINS)[::9]
@@ -21,8 +22,10 @@ TWIN_SAMPLE = sorted(TWINS)[::9]
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_fault_is_caught_for_the_right_property(name):
     fault = FAULTS[name]
+    shared = fault.caught_by[0] in VALUE_PROPERTIES  # these eight are one search: an overflow moves the dtype and the values
+    judged = list(VALUE_PROPERTIES) if shared else [fault.caught_by[0]]
     report = verify.check(
-        fault.fn, fault.inputs, reference=fault.reference, contract=fault.contract, properties=[fault.caught_by[0]], examples=0
+        fault.fn, fault.inputs, reference=fault.reference, contract=fault.contract, properties=judged, examples=0
     )
     assert {f.property for f in report.failures} & set(fault.caught_by), str(report)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import bptoolkit.verify.properties.memory as memory
 import bptoolkit.verify.properties.numeric as numeric
 import bptoolkit.verify.properties.state as state
+import bptoolkit.verify.properties.storage as storage
 import bptoolkit.verify.properties.tools as tools
 import bptoolkit.verify.properties.transforms as transforms
 from bptoolkit.verify.properties.values import VALUE_PROPERTIES
@@ -22,12 +22,12 @@ PROPERTIES: dict[str, Callable[[Trial], None]] = {
         f.__name__: f
         for f in (
             state.some_outputs_unused,
-            memory.nothing_changed,
+            storage.nothing_changed,
             state.backward_twice,
             state.interleaved_calls,
-            state.gradients_kept,
-            state.version_counter,
-            memory.memory,
+            storage.gradients_kept,
+            storage.version_counter,
+            storage.memory,
             state.deterministic,
             state.global_rng,
             numeric.linear_in_cotangent,

@@ -1,62 +1,69 @@
-"""State: whether calls stay apart from each other, from the generators of random numbers, and from later changes in place.
+"""What a call must not depend on: unused outputs, backwards before it, calls in between, random numbers, other memory.
 
-None of these but the first needs a reference: a call is compared with itself, bit for bit.
+But for the first, none of these needs a reference: a call is compared with itself, bit for bit. What a function does to memory
+is in `storage`.
 """
 
 from __future__ import annotations
 
 import random as python_random
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bptoolkit.verify.layouts import LAYOUTS
+from bptoolkit.verify.properties.asking import first_line, native_of
+from bptoolkit.verify.properties.calls import Call, call, copies, donates, other_sizes, other_values
+from bptoolkit.verify.properties.storage import gradients_kept, memory, nothing_changed, version_counter
 from bptoolkit.verify.properties.values import truth_of
-from bptoolkit.verify.trial import NotApplicable, Outputs, Trial, Wrong, pull, same_bits
+from bptoolkit.verify.trial import NotApplicable, Trial, Wrong, pull, same_bits
+
+__all__ = [
+    "backward_twice",
+    "deterministic",
+    "global_rng",
+    "gradients_kept",
+    "interleaved_calls",
+    "memory",
+    "nothing_changed",
+    "some_outputs_unused",
+    "version_counter",
+]
 
 
 def some_outputs_unused(trial: Trial) -> None:
-    """Only some of several outputs take part in the loss, and the cotangents of the others are undefined.
+    """Only some of several outputs take part in the loss, and the cotangents of the others are undefined, or zero.
 
-    Catches a cotangent that is None and is used as a tensor, an output whose gradient is dropped (mamba's
-    `return_last_state`), and cotangents that are mixed up.
+    Catches a cotangent that is None and is used as a tensor, an output whose gradient is dropped where another one has none
+    (mamba's `return_last_state`), early exits, and cotangents that are mixed up.
     """
-    outputs = trial.run(trial.leaves())
+    outputs = call(trial).outputs
     live = [k for k, o in enumerate(outputs) if o.requires_grad]
     if len(live) < 2:
-        raise NotApplicable("there is one output")
-    chosen = [(k,) for k in live] + [tuple(j for j in live if j != k) for k in live if len(live) > 2]
-    for used in chosen:
-        xs = trial.leaves()
-        outputs = trial.run(xs)
-        given = trial.cotangents(outputs)
-        cotangents = [c if k in used else None for k, c in enumerate(given)]
-        words = f"with output {' and '.join(map(str, used))} alone in the loss"
-        try:
-            grads = pull(outputs, xs, cotangents)
-        except Exception as crash:
-            raise Wrong(f"{words} backward raised {type(crash).__name__}: {str(crash)[:200]}", what="raised") from None
-        full = [torch.zeros_like(c) if k not in used else c for k, c in enumerate(given)]
-        truth = truth_of(trial, len(xs))
-        what = [f"{words}, output {k}" for k in range(len(outputs))] + [f"{words}, gradient of {n}" for n in trial.names]
-        native = None
-        if trial.reference is not None and trial.point.dtype != "float64":
-            native = _or_none(truth, [*xs, *full])
-        trial.judge(what, [*(None for _ in outputs), *grads], truth, [*xs, *full], native)
-
-
-def graph_nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
-    """Every node of the graph behind some outputs."""
-    todo, seen = [o.grad_fn for o in outputs if o.grad_fn is not None], set()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        todo += [n for n, _ in node.next_functions if n is not None]
+        raise NotApplicable("there is one output to differentiate")
+    alone = [(k,) for k in live]
+    for used in alone + [tuple(j for j in live if j != k) for k in live if len(live) > 2]:
+        which = f"output {used[0]}" if len(used) == 1 else f"outputs {' and '.join(map(str, used))}"
+        made = call(trial)
+        zeroed = [c if k in used else torch.zeros_like(c) for k, c in enumerate(made.cotangents)]
+        undefined = [c if k in used else None for k, c in enumerate(made.cotangents)]
+        truth, inputs = truth_of(trial, len(made.xs)), [*(x.detach() for x in made.xs), *zeroed]
+        native = native_of(truth, inputs, trial)
+        for words, cotangents in (
+            (f"with {which} alone in the loss", undefined),
+            (f"with zero sent to all but {which}", zeroed),
+        ):
+            made = call(trial)
+            try:
+                grads = pull(made.outputs, made.xs, cotangents)
+            except Exception as crash:
+                raise Wrong(f"{words} backward raised {first_line(crash)}", what="raised") from None
+            what = [f"output {k}" for k in range(len(outputs))] + [f"gradient of {n} {words}" for n in trial.names]
+            trial.judge(what, [*(None for _ in outputs), *grads], truth, inputs, native)
 
 
 def backward_twice(trial: Trial) -> None:
@@ -64,212 +71,222 @@ def backward_twice(trial: Trial) -> None:
 
     Catches saved tensors and cotangents that backward writes over, and buffers that it frees (axolotl PR#3892).
     """
-    if not trial.contract.deterministic:
-        raise NotApplicable("declared non-deterministic")
-    xs = trial.leaves()
-    outputs = trial.run(xs)
-    differentiable(outputs)
-    cotangents = trial.cotangents(outputs)
-    kept = [None if g is None else g.clone() for g in pull(outputs, xs, cotangents, retain_graph=True)]
+    made = call(trial)
+    try:
+        first = made.pull(retain=True)
+    except RuntimeError as error:
+        if not donates(error):
+            raise
+        raise NotApplicable("compiled with donated buffers, which allow one backward") from None
+    kept = copies(first)
     if "cotangents" in trial.contract.mutates:
-        cotangents = trial.cotangents(outputs)
-    again = pull(outputs, xs, cotangents, retain_graph=True)
-    _same(trial, kept, again, "the second backward over the same graph gives another gradient of {}")
+        made.cotangents = trial.cotangents(made.outputs)
+    for words in ("the second backward over the same graph", "a backward over the same graph, by a copy of the cotangent,"):
+        try:
+            again = made.pull(retain=True)
+        except Exception as error:
+            raise Wrong(f"{words} raised {first_line(error)}", what="raised") from None
+        made.same(kept, again, words + " gives another gradient of {}")
+        made.cotangents = trial.cotangents(made.outputs)  # the same values and strides in other memory
 
 
 def interleaved_calls(trial: Trial) -> None:
     """Two calls, forward forward backward backward, each give what they give alone.
 
-    Catches state that is kept on a class, in a module or in a cache instead of with the call.
+    Catches state that is kept on a class, in a module or in a cache instead of with the call, caches with the wrong key, and
+    state of a thread: backward may run in another one.
     """
-    if not trial.contract.deterministic:
-        raise NotApplicable("declared non-deterministic")
-    layout = LAYOUTS[trial.point.layout]
-
-    def inputs(other: bool) -> list[Tensor]:
-        values = [v * 0.5 + 0.25 if other else v for v in trial.values]
-        return [layout(v.clone()).detach().requires_grad_(n) for v, n in zip(values, trial.need)]
-
-    def alone(other: bool) -> tuple[list[Any], Outputs]:
-        xs = inputs(other)
-        outputs = trial.run(xs)
-        differentiable(outputs)
-        return [None if g is None else g.clone() for g in pull(outputs, xs, trial.cotangents(outputs, salt=other))], outputs
-
-    want = alone(False)[0], alone(True)[0]
-    a, b = inputs(False), inputs(True)
-    ya, yb = trial.run(a), trial.run(b)
-    got = pull(ya, a, trial.cotangents(ya)), pull(yb, b, trial.cotangents(yb, salt=1))
-    for k, words in enumerate(
-        ("an earlier call, with another call in between", "a call, with an earlier one not yet pulled back")
-    ):
-        _same(trial, want[k], got[k], "the gradient of {} of " + words + " is not what it is alone")
+    values = other_values(trial)
+    want_a, want_b = copies(call(trial).pull()), copies(call(trial, values, salt=1).pull())
+    earlier = "the gradient of {} of a call, with another call between its forward and its backward, is not what it is alone"
+    later = "the gradient of {} of a call, with an earlier one not yet pulled back, is not what it is alone"
+    for first_in_first_out in (True, False):
+        a, b = call(trial), call(trial, values, salt=1)
+        if first_in_first_out:
+            got_a, got_b = a.pull(), b.pull()
+        else:
+            got_b, got_a = b.pull(), a.pull()
+        a.same(want_a, got_a, earlier)
+        b.same(want_b, got_b, later)
+    for words, between in _between(trial, values):
+        a = call(trial)
+        between()
+        a.same(want_a, a.pull(), earlier.replace("another call", words))
+    _same_memory(trial, values, want_b)
+    a = call(trial)
+    a.same(want_a, _in_thread(a), "the gradient of {} is another when backward runs in another thread", rounding=True)
 
 
-def gradients_kept(trial: Trial) -> None:
-    """Outputs and gradients stay what they are when the function is called again.
+def _between(trial: Trial, values: Sequence[Tensor]) -> list[tuple[str, Callable[[], Any]]]:
+    """Calls of other kinds that may come between a forward and its backward."""
 
-    Catches a workspace that is shared between calls, and buffers that are returned and used again.
-    """
-    xs = trial.leaves()
-    outputs = trial.run(xs)
-    differentiable(outputs)
-    grads = pull(outputs, xs, trial.cotangents(outputs), retain_graph=True)
-    held = {f"output {k}": o for k, o in enumerate(outputs)} | {
-        f"gradient of {n}": g for n, g in zip(trial.names, grads) if g is not None
-    }
-    before = {name: t.detach().clone() for name, t in held.items()}
-    for salt in (1, 2):
-        others = [(v * (0.5 / salt) + 0.25).requires_grad_(n) for v, n in zip(trial.values, trial.need)]
-        later = trial.run(others)
-        pull(later, others, trial.cotangents(later, salt=salt))
-    for name, t in held.items():
-        if not same_bits(t, before[name]):
-            raise Wrong(f"{name} was overwritten by a later call", what=f"{name} overwritten")
+    def unwatched() -> None:
+        with torch.no_grad():
+            trial.run([v.clone() for v in values])
+
+    calls: list[tuple[str, Callable[[], Any]]] = [("a call without gradients", unwatched)]
+    if len(trial.values) > 1:
+        first = "1" + "0" * (len(trial.values) - 1)
+        calls.append(("a call that needs other gradients", lambda: _attempt(trial.at(need=first), values)))
+    larger = other_sizes(trial)
+    if larger is not None:
+        calls.append(("a call of other sizes", lambda: _attempt(trial, larger).pull()))
+    return calls
 
 
-def version_counter(trial: Trial) -> None:
-    """A change in place after forward is noticed: backward raises, or the change does no harm.
+def _attempt(trial: Trial, values: Sequence[Tensor] | None) -> Any:
+    try:
+        return call(trial, values)
+    except NotApplicable:  # nothing to differentiate there
+        return call(trial)
 
-    Catches inputs and outputs saved past the version counter (`.data`, attributes of ctx), which give silently wrong gradients.
-    """
+
+def _same_memory(trial: Trial, values: Sequence[Tensor], want: Sequence[Tensor | None]) -> None:
+    """The same tensors with new values: a cache must not know them by their address."""
     if trial.point.layout == "expanded":
-        raise NotApplicable("an expanded tensor cannot be written to")
-    xs = trial.leaves()
-    outputs = trial.run(xs)
-    differentiable(outputs)
-    want = [None if g is None else g.clone() for g in pull(outputs, xs, trial.cotangents(outputs))]
-    places = [("input", k) for k in range(len(xs))] + [("output", k) for k in range(len(outputs))]
-    for kind, k in places:
-        xs = trial.leaves()
-        outputs = trial.run(xs)
-        cotangents = trial.cotangents(outputs)
-        target = xs[k] if kind == "input" else outputs[k]
-        name = trial.names[k] if kind == "input" else str(k)
-        if target.numel() == 0 or target.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            continue
-        if kind == "output" and any(share_memory(target, x) for x in xs):
-            continue  # writing to it writes to an input as well
+        return
+    a = call(trial)
+    a.pull()
+    fresh = replace(trial, values=tuple(values)).leaves()
+    with torch.no_grad():
+        for x, v in zip(a.xs, fresh):
+            x.copy_(v)
+    again = call(trial, xs=a.xs)
+    again.cotangents = trial.cotangents(again.outputs, salt=1)
+    again.same(want, again.pull(), "the gradient of {}, when the same tensors have other values, is that of the old values")
+
+
+def _in_thread(made: Call) -> list[Tensor | None]:
+    """The gradients, by a backward in another thread."""
+    found: list[Any] = []
+
+    def work() -> None:
         try:
-            with torch.no_grad():
-                target.mul_(1.5).add_(0.5)
-            got = pull(outputs, xs, cotangents)
-        except RuntimeError:
-            continue
-        for n, g, w in zip(trial.names, got, want):
-            if g is not None and w is not None and not same_bits(g, w) and not _rounding(trial, g, w):
-                raise Wrong(
-                    f"{kind} {name} changed in place between forward and backward, and the gradient of {n} is silently "
-                    "another: "
-                    "save it with ctx.save_for_backward, which would have raised",
-                    what=f"{kind} changed",
-                )
+            found.append(made.pull())
+        except Exception as error:
+            found.append(error)
 
-
-def share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], Exception):
+        raise Wrong(f"backward in another thread than forward raised {first_line(found[0])}", what="raised")
+    return list(found[0])
 
 
 def deterministic(trial: Trial) -> None:
     """The same call gives the same bits.
 
-    Catches sums in the order of arrival and memory that is read before it is written: between runs, freed memory is full of
-    NaN.
+    Catches sums in the order of arrival, random numbers in backward, and memory that is read before it is written: between
+    runs, freed memory is full of junk, and in the last run `torch.empty` gives NaN.
     """
     if not trial.contract.deterministic:
         raise NotApplicable("declared non-deterministic")
-    runs = []
-    for k in range(3):
-        xs = trial.leaves()
-        outputs = trial.run(xs)
-        grads = pull(outputs, xs, trial.cotangents(outputs))
-        runs.append(([o.detach().clone() for o in outputs], [None if g is None else g.clone() for g in grads]))
-        junk = [
-            torch.full_like(t, (float("nan"), -7.0, 3.0)[k])
-            for t in (*xs, *outputs, *(g for g in grads if g is not None))
-            for _ in "12"
-        ]
-        del junk, xs, outputs, grads
-    for k in (1, 2):
-        for j, (a, b) in enumerate(zip(runs[0][0], runs[k][0])):
-            if not same_bits(a, b) and not (_rounding(trial, a, b) and _reference_varies(trial)):
-                raise Wrong(f"two runs of the same call give two outputs {j}", what=f"output {j} varies")
-        for name, g, h in zip(trial.names, runs[0][1], runs[k][1]):
-            if (
-                g is not None
-                and h is not None
-                and not same_bits(g, h)
-                and not (_rounding(trial, g, h) and _reference_varies(trial))
-            ):
-                raise Wrong(f"two runs of the same call give two gradients of {name}", what=f"gradient of {name} varies")
+    first = _results(trial)
+    for junk in (float("nan"), -7.0):
+        _dirty([*trial.values, *first.values()], junk)
+        for name, t in _results(trial).items():
+            if not same_bits(t, first[name]):
+                raise Wrong(f"two runs of the same call give another {name}", what=f"{name} varies")
+    before = torch.get_deterministic_debug_mode()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        torch.set_deterministic_debug_mode(1)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        filled = _results(trial)
+    except NotImplementedError:  # an operator that has no deterministic form
+        return
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+    for name, t in filled.items():
+        if bool((t.isnan() & ~first[name].isnan()).any()):
+            raise Wrong(f"{name} depends on memory from torch.empty that nobody has written", what=f"{name} uninitialised")
 
 
-def _reference_varies(trial: Trial) -> bool:
-    """Whether the reference, or without one nothing that is known, gives the same bits in every run."""
-    if trial.reference is None:
-        return True
-    runs = []
-    for _ in range(4):
-        xs = trial.leaves()
-        outputs = trial.run(xs, trial.reference)
-        runs.append([*outputs, *(g for g in pull(outputs, xs, trial.cotangents(outputs)) if g is not None)])
-    return any(not same_bits(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+def _dirty(tensors: Sequence[Tensor], junk: float) -> None:
+    """Fill memory of these sizes with junk, and free it."""
+    for t in tensors:
+        [torch.full_like(t, junk) for _ in range(2)]
+
+
+def _results(trial: Trial) -> dict[str, Tensor]:
+    made = call(trial)
+    grads = {f"gradient of {n}": g.detach().clone() for n, g in zip(trial.names, made.pull()) if g is not None}
+    return {f"output {k}": o.detach().clone() for k, o in enumerate(made.outputs)} | grads
 
 
 def global_rng(trial: Trial) -> None:
-    """The global random number generators are left alone, by forward unless the contract says `random`, by backward always.
+    """The global random number generators are left alone: by forward unless the contract says `random`, by backward always.
 
-    Catches dropout masks that backward draws anew, and functions that change what comes after them in a program.
+    Catches dropout masks that backward draws anew, and functions that change what comes after them in a program. Generators of
+    Python and NumPy, which no seed of torch reaches, count as well.
     """
-    xs = trial.leaves()
-    if trial.contract.random:
-        torch.manual_seed(trial.point.seed)
-    else:
-        torch.manual_seed(trial.point.seed + 104_729)  # a state that a function which seeds the generator does not leave
-        torch.rand(1)
-    before, python_before = torch.get_rng_state(), python_random.getstate()
-    outputs = trial.call(*xs)
-    middle, python_middle = torch.get_rng_state(), python_random.getstate()
-    changed = not torch.equal(before, middle) or python_before != python_middle
-    if changed and not trial.contract.random:
-        raise Wrong(
-            "forward draws from the global random number generator: declare contract random=True", what="random forward"
-        )
-    pull(outputs, xs, trial.cotangents(outputs))
-    if not torch.equal(middle, torch.get_rng_state()) or python_middle != python_random.getstate():
-        raise Wrong(
-            "backward draws from the global random number generator: it cannot replay what forward drew", what="random backward"
-        )
-
-
-def differentiable(outputs: Sequence[Tensor]) -> None:
-    if not any(o.requires_grad for o in outputs):
-        raise NotApplicable("no output requires grad")
-
-
-def _same(trial: Trial, want: Sequence[Any], got: Sequence[Any], words: str) -> None:
-    for name, w, g in zip(trial.names, want, got):
-        if w is None or g is None or same_bits(w, g) or _rounding(trial, g, w):
-            continue
-        difference = (w.double() - g.double()).abs().nan_to_num(torch.inf)
-        raise Wrong(f"{words.format(name)}: apart by {float(difference.max()):.3g}", what=f"gradient of {name} varies")
-
-
-def _rounding(trial: Trial, a: Tensor, b: Tensor) -> bool:
-    """Whether two results of one computation are apart by no more than the order of a sum: BLAS chooses it by the alignment
-    of memory."""
-    if a.shape != b.shape or a.dtype != b.dtype or not bool((a.isfinite() == b.isfinite()).all()):
-        return False
-    a, b = a.detach().double().nan_to_num(0, 0, 0), b.detach().double().nan_to_num(0, 0, 0)
-    size = float(torch.maximum(a.abs(), b.abs()).max()) if a.numel() else 0.0
-    return bool(((a - b).abs() <= 4 * torch.finfo(trial.point.torch_dtype).eps * size).all()) and trial.point.dtype in (
-        "float64",
-        "float32",
-    )
-
-
-def _or_none(make: Any, *args: Any) -> Any:
+    device = trial.values[0].device
+    at_first = _generators(device)
     try:
-        return make(*args)
-    except Exception:
-        return None
+        call(trial).pull()  # what the first call draws once for all, it may draw
+        _draw()
+        xs = trial.leaves()
+        if trial.contract.random:
+            torch.manual_seed(trial.point.seed)
+        before = _generators(device)
+        outputs = trial.call(*[x.clone() if n in trial.contract.mutates else x for n, x in zip(trial.names, xs)])
+        middle = _generators(device)
+        for name in _moved(before, middle):
+            if not (trial.contract.random and name.startswith("torch")):
+                hint = "" if trial.contract.random else ": declare contract random=True"
+                if not name.startswith("torch"):
+                    hint = ": use torch's, which torch.manual_seed reaches"
+                raise Wrong(f"forward draws from the global random number generator of {name}{hint}", what="random forward")
+        cotangents = trial.cotangents(outputs)
+        _draw()
+        middle = _generators(device)
+        pull(outputs, xs, cotangents)
+        for name in _moved(middle, _generators(device)):
+            raise Wrong(
+                f"backward draws from the global random number generator of {name}: it cannot replay what forward drew, and "
+                "changes what a program draws next",
+                what="random backward",
+            )
+    finally:
+        _restore(at_first, device)
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "Python": python_random.getstate()}
+    if device.type == "cuda":
+        states["torch on the device"] = torch.cuda.get_rng_state(device)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        states["NumPy"] = numpy.random.get_state()
+    return states
+
+
+def _draw() -> None:
+    """Move on, so that a function that seeds a generator changes it, however often it has done so."""
+    torch.rand(1)
+    python_random.random()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.rand()
+
+
+def _restore(states: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    python_random.setstate(states["Python"])
+    if "torch on the device" in states:
+        torch.cuda.set_rng_state(states["torch on the device"], device)
+    if "NumPy" in states:
+        sys.modules["numpy"].random.set_state(states["NumPy"])
+
+
+def _moved(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [name for name, state in before.items() if not _equal(state, after[name])]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, tuple):
+        return all(_equal(x, y) for x, y in zip(a, b))
+    return bool((a == b).all()) if hasattr(a, "all") else a == b
