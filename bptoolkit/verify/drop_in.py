@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError as _TorchError
 
-from bptoolkit.verify.report import Report, VerificationError
+from bptoolkit.verify.point import Point
+from bptoolkit.verify.report import Failure, Report, VerificationError
 
 VALUES = ("gradient_value", "sizes", "values", "dtypes", "input_layout", "cotangent_layout", "grad_subsets")
 CONDUCT = (
@@ -59,7 +60,8 @@ def gradcheck(
         check_batched_grad: judge vmap over backward.
         check_batched_forward_grad: with check_forward_ad, judge vmap over forward mode.
         check_forward_ad: judge forward mode, which then has to be there.
-        check_backward_ad: judge reverse mode.
+        check_backward_ad: judge reverse mode. False leaves forward mode alone, which only finite differences can then be held
+            against: that is done by torch's own gradcheck, with eps, atol and rtol.
         fast_mode: a quick search.
         masked: sparse inputs are not supported; None or False.
 
@@ -69,8 +71,25 @@ def gradcheck(
     Raises:
         GradcheckError: something does not hold; the message is the report. Also a RuntimeError, as torch's is.
         ValueError: no input requires grad, or inputs are complex or sparse.
+        AssertionError: options contradict each other, as in torch.
     """
-    names = [*VALUES, *CONDUCT] if check_backward_ad else []
+    if not (check_forward_ad or check_backward_ad):
+        raise AssertionError("gradcheck: check_forward_ad and check_backward_ad are both False: there is nothing to check")
+    if check_batched_grad and not check_backward_ad:
+        raise AssertionError("gradcheck: check_batched_grad=True needs check_backward_ad=True")
+    if check_batched_forward_grad and not check_forward_ad:
+        raise AssertionError("gradcheck: check_batched_forward_grad=True needs check_forward_ad=True")
+    if not check_backward_ad:
+        options: dict[str, Any] = {
+            "eps": eps,
+            "atol": atol,
+            "rtol": rtol,
+            "nondet_tol": nondet_tol,
+            "check_grad_dtypes": check_grad_dtypes,
+        }
+        options |= {"check_batched_forward_grad": check_batched_forward_grad, "fast_mode": False, "masked": masked}
+        return _forward_alone(func, inputs, options, raise_exception)
+    names = [*VALUES, *CONDUCT]
     names += ["some_outputs_unused"] if check_undefined_grad else []
     names += ["forward_mode"] if check_forward_ad else []
     names += ["vmap"] if check_batched_grad or check_batched_forward_grad else []
@@ -109,6 +128,18 @@ def gradgradcheck(
     names += ["forward_mode"] if check_fwd_over_rev else []
     claims: dict[str, Any] = {"double_backward": True} | ({"deterministic": False} if nondet_tol > 0 else {})
     return _judge("gradgradcheck", func, inputs, names, claims, fast_mode, masked, raise_exception)
+
+
+def _forward_alone(func: Any, inputs: Any, options: dict[str, Any], raise_exception: bool) -> bool:
+    """Forward mode against finite differences, by torch; what it says as a report."""
+    try:
+        return bool(torch.autograd.gradcheck(func, inputs, check_forward_ad=True, check_backward_ad=False, **options))
+    except _TorchError as error:
+        if not raise_exception:
+            return False
+        failure = Failure("forward_mode", str(error), Point(), line="")
+        report = Report(getattr(func, "__qualname__", type(func).__name__), calls={"forward_mode": 1}, failures=[failure])
+        raise GradcheckError(report) from error
 
 
 def _judge(

@@ -173,7 +173,10 @@ def factor(f: Any, c: float) -> str:
             if math.isclose(abs(c), value, rel_tol=close):
                 return how + " Or a factor of 2?" * bool(constant) + sign
     if constant:
-        return constant + sign
+        root = next(
+            (f" Or the root of 4, {words}: a scale left out, or applied twice?" for n, words in _sizes(f) if n == 4), ""
+        )
+        return constant + root + sign
     for n, words in _sizes(f):
         for value, how in ((math.sqrt(n), "times"), (1 / math.sqrt(n), "divided by")):
             if math.isclose(abs(c), value, rel_tol=close):

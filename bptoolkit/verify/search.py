@@ -219,7 +219,18 @@ def explain_crash(trial: Trial, crash: Exception, judge: Judge | None = None) ->
             return NotApplicable("the reference does not run here")
     elif empty:
         return NotApplicable(f"raises without elements: {said}")
+    elif _refuses(trial):  # nothing says that it should take this call
+        return NotApplicable(f"the function refuses this call: {said}")
     return Wrong(f"raised {said}", what="raised")
+
+
+def _refuses(trial: Trial) -> bool:
+    """Whether forward alone raises."""
+    try:
+        trial.run(trial.leaves())
+    except Exception:
+        return True
+    return False
 
 
 def _raises(trial: Trial) -> bool:
