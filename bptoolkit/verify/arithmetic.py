@@ -102,7 +102,7 @@ class Arithmetic(TorchDispatchMode):
             try:
                 with self:
                     result = formula(*args, **kwargs)
-            except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError, IndexError, NotImplementedError):
+            except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError, LookupError, ArithmeticError):
                 result = NotImplemented
             if result is not NotImplemented:
                 return result
