@@ -59,7 +59,7 @@ class Trial:
         point: the configuration.
         contract: what the function claims.
         fn: the function as the caller gave it.
-        plain: the reference runs in any dtype; False for a function under test that stands in for a missing reference.
+        wide: the function under test takes float64.
     """
 
     call: Callable[..., Outputs]
@@ -69,7 +69,7 @@ class Trial:
     point: Point
     contract: Contract = field(default_factory=Contract)
     fn: Any = None
-    wide: bool = True  # the function under test takes float64
+    wide: bool = True
 
     @property
     def need(self) -> tuple[bool, ...]:
