@@ -42,7 +42,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--contract", action="append", default=[], metavar="NAME=VALUE", help="what is claimed: double_backward=False ..."
     )
-    p.add_argument("--only", action="append", metavar="PROPERTY", help="judge this property; may be repeated")
+    p.add_argument(
+        "--only",
+        action="append",
+        metavar="PROPERTY",
+        help="judge this property (with --mutate: plant this mutant); may be repeated",
+    )
     p.add_argument("--quick", action="store_true", help="fewer calls, under three seconds for a small op")
     p.add_argument("--long", action="store_true", help="for a night: a thousand drawn calls and no time limit to speak of")
     p.add_argument("--seed", type=int, default=0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -71,8 +72,7 @@ def run(
     say = progress or (lambda line: None)
     random_state = torch.get_rng_state()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # drawn calls include what torch warns of
+        with _quiet():
             _run(
                 target, inputs, chosen, seed, quick, 0 if quick and examples is None else examples, began + budget, report, say
             )
@@ -81,6 +81,18 @@ def run(
     report.failures.sort(key=lambda f: chosen.index(f.property) if f.property in chosen else -1)
     report.seconds = time.monotonic() - began
     return report
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings: drawn calls include what torch warns of, and vmap warns from C++ of operators that it runs in a loop."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # torch's default; it cannot be asked
 
 
 def _run(
@@ -222,6 +234,8 @@ def _search_values(
         found_at_base += not matters
         name = property_of(matters, outcome.what, outcome.gross)
         if name not in chosen:
+            if matters and not any(AXIS_PROPERTY.get(a, "sizes") in chosen for a in matters):
+                continue  # a finding of a property that was not asked for
             name = next((p for p in ("gradient_value", *chosen) if p in chosen), chosen[0])
         if all(f.property != name for f in report.failures):
             search.calls[name] = max(search.calls.get(name, 0), 1)
@@ -255,8 +269,7 @@ def judge_once(target: Target, name: str, point: Point, inputs: Any) -> Report:
     if missing:
         raise ValueError(f"verify: the point has sizes {dict(point.sizes)}, the inputs have {', '.join(axes.sizes)}")
     began = time.monotonic()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         outcome = attempt(judge, search.trial_at, point)
     if isinstance(outcome, NotApplicable):
         report.calls[name], report.skipped[name] = 0, str(outcome)

@@ -68,7 +68,7 @@ def _finding(trial: Trial, found: Wrong, matters: Any) -> Finding:
         what=found.what,
         got=found.got,
         want=found.want,
-        sigma=None,
+        sigma=found.sigma,
         inputs={k: x.detach() for k, x in zip(trial.names, xs)},
         outputs=tuple(o.detach() for o in outputs),
         cotangents=tuple(cotangents),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ def target_of(
     if isinstance(reference, type) and issubclass(reference, torch.autograd.Function):
         reference = reference.apply
     name = name_of(given)
-    asked = reference if inspect.isfunction(reference) else fn
+    asked = reference if inspect.isfunction(reference) else _forward_of(given) or fn
     source: Source
     if isinstance(inputs, str):
         source = FromShapes(inputs, quick)
@@ -128,6 +129,16 @@ def target_of(
         probe = replace(target, fn=reference or fn, reference=None, modules=(modules[1] if reference else modules[0], None))
         source.probe(lambda point: _runs(probe, point))
     return target
+
+
+def _forward_of(given: Any) -> Any:
+    """The forward of an `autograd.Function` as a function of what `apply` takes, for the names of its arguments; else None."""
+    owner = given if isinstance(given, type) else getattr(given, "__self__", None)
+    if not (isinstance(owner, type) and issubclass(owner, torch.autograd.Function)):
+        return None
+    if owner.setup_context is not torch.autograd.Function.setup_context:
+        return owner.forward
+    return functools.partial(owner.forward, None)  # its first argument is ctx
 
 
 def name_of(fn: Any) -> str:

@@ -27,6 +27,7 @@ class Wrong(AssertionError):
         verdict: what the tolerance model says, with the worst element, where values were compared.
         got, want: the two tensors, where values were compared; `want` in float64.
         what: what was compared ("gradient of x").
+        sigma: the size of the rounding error in each element of `want`, where values were compared.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Wrong(AssertionError):
         got: Any = None,
         want: Any = None,
         what: str = "",
+        sigma: Any = None,
     ) -> None:
         super().__init__(message)
-        self.gross, self.verdict, self.got, self.want, self.what = gross, verdict, got, want, what
+        self.gross, self.verdict, self.got, self.want, self.what, self.sigma = gross, verdict, got, want, what, sigma
 
 
 class NotApplicable(Exception):
@@ -155,7 +157,13 @@ class Trial:
         verdict = compare(got, scale, dtype, native)
         if verdict is not None:
             raise Wrong(
-                f"{what}: {verdict}", gross=verdict.gross, verdict=verdict, got=got.detach(), want=scale.exact, what=what
+                f"{what}: {verdict}",
+                gross=verdict.gross,
+                verdict=verdict,
+                got=got.detach(),
+                want=scale.exact,
+                what=what,
+                sigma=scale.sigma,
             )
 
     @cached_property

@@ -120,7 +120,7 @@ def gather(processes: int, seeds: tuple[int, ...], only: str, minutes: float) ->
                 print(f"ALARM {row['kind']} {row['name']} seed {row['seed']}: {row['found']}", flush=True)
             if row["kind"] == "fault" and not set(row["found"]) & set(FAULTS[row["name"]].caught_by):
                 print(f"MISSED {row['name']} seed {row['seed']}: found {list(row['found'])}", flush=True)
-            if k % 50 == 49:
+            if k % 10 == 9:
                 print(f"{k + 1} of {len(jobs)}", flush=True)
     rows.sort(key=lambda r: (r["kind"], r["name"], r["seed"]))
     return {

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,7 @@ def compile(trial: Trial) -> None:
         import torch._dynamo
 
         torch._dynamo.reset()  # else the harness's own functions run into the limit of recompilations, and fall back to eager
-        fn = torch.compile(trial.call, backend="aot_eager", fullgraph=trial.contract.compile is not None)
+        fn = torch.compile(_spared(trial), backend="aot_eager", fullgraph=trial.contract.compile is not None)
         got = []
         for cs in sets:
             ys = trial.leaves()
@@ -54,6 +54,13 @@ def compile(trial: Trial) -> None:
             for t in what
         ]
         hold_alike(trial, named, g, w, truth, [*(x.detach() for x in xs), *cs], "eager mode")
+
+
+def _spared(trial: Trial) -> Callable[..., Outputs]:
+    """The call, with what it writes to cloned inside the graph: torch loses the gradient of a Function that writes to a graph's
+    input (docs/findings.md)."""
+    declared = [n in trial.contract.mutates for n in trial.names]
+    return (lambda *xs: trial.call(*[x.clone() if d else x for x, d in zip(xs, declared)])) if any(declared) else trial.call
 
 
 def _results(outputs: Outputs, xs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:

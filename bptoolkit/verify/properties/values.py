@@ -142,4 +142,6 @@ def property_of(matters: Sequence[str], what: str, gross: bool = True) -> str:
 def axes_of(chosen: Sequence[str]) -> set[str]:
     """The axes that the chosen properties move: field names, and "sizes"."""
     fields = {axis for axis, name in AXIS_PROPERTY.items() if name in chosen}
+    if "values" in chosen:
+        fields.add("dtype")  # what overflows does so in the narrow dtypes first
     return fields | ({"sizes"} if "sizes" in chosen else set())
