@@ -18,7 +18,7 @@ evidence: $(READY)  ## every planted fault and correct twin, three seeds: about 
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/faults/evidence.py
 
 fuzz: $(READY)  ## the property tests, long and random
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_gradients.py
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_gradients.py tests/test_composition.py
 
 lint: $(VENV)/.lint  ## ruff and mypy
 	$(BIN)/ruff check .

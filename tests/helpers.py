@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib import import_module
 from random import Random
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bptoolkit import OPS, Op
 from bptoolkit.cases import Draw
+from bptoolkit.ops import NAMES as FILES
 
 SMALL = (1, 2, 3, 4, 5)
 
@@ -77,3 +80,6 @@ def scalar(fn: Callable[..., tuple[Tensor, ...]], seed: int = 0) -> Callable[...
 
 
 NAMES = tuple(OPS)
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
+FIRST = tuple(import_module(f"bptoolkit.ops.{file}").OPS[0].name for file in FILES)
+SOME = NAMES if LONG else FIRST  # one op a file for what costs seconds a test; all of them under `make fuzz`

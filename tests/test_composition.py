@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from helpers import NAMES, draw_call, leaves_of, random_like, scalar
+from helpers import NAMES, SOME, draw_call, leaves_of, random_like, scalar
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from bptoolkit import OPS
@@ -18,6 +18,7 @@ from bptoolkit import OPS
 close = functools.partial(torch.testing.assert_close, rtol=1e-8, atol=1e-9)
 close32 = functools.partial(torch.testing.assert_close, rtol=2e-4, atol=2e-5)
 each_op = pytest.mark.parametrize("name", NAMES)
+one_a_file = pytest.mark.parametrize("name", SOME)
 SEEDS = (0, 1, 2)
 
 
@@ -107,7 +108,7 @@ def test_forward_over_forward_is_refused(name):
         jacfwd(jacfwd(scalar(c.ours)))(*c.tensors)
 
 
-@each_op
+@one_a_file
 def test_maml(name):
     """Gradients through gradient steps."""
     c = call_of(name)
@@ -133,7 +134,7 @@ def compiled_matches(c, backend, dynamic=None):
     close32(*results)
 
 
-@each_op
+@one_a_file
 def test_compile_inductor(name):
     compiled_matches(call_of(name, dtype=torch.float32), "inductor")
 
@@ -143,7 +144,7 @@ def test_compile_dynamic(name):
     compiled_matches(call_of(name, dtype=torch.float32), "aot_eager", dynamic=True)
 
 
-@each_op
+@one_a_file
 def test_compile_of_transforms(name):
     c = call_of(name, dtype=torch.float32)
     at = tuple(range(len(c.tensors)))
@@ -160,7 +161,7 @@ def test_compile_of_transforms(name):
         close32(torch.compile(fn(c.ours), fullgraph=True, backend="aot_eager")(*args), fn(c.ours)(*args))
 
 
-@each_op
+@one_a_file
 def test_compiled_autograd(name):
     c = call_of(name, dtype=torch.float32)
     torch._dynamo.reset()
@@ -171,7 +172,7 @@ def test_compiled_autograd(name):
     close32([t.grad for t in x], [t.grad for t in y])
 
 
-@each_op
+@one_a_file
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(name, strict):
     c = call_of(name, dtype=torch.float32)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from random import SystemRandom
 
 import pytest
-from helpers import NAMES
+from helpers import LONG, NAMES
 
 from bptoolkit import OPS, verify
 from bptoolkit.verify.properties import PROPERTIES
 
-LONG = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 TOOLS = ("compile", "fake_tensors", "registration")  # seconds each; tests/test_composition.py has them by transform
 
 

@@ -85,7 +85,7 @@ def run(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings: drawn calls include what torch warns of, and vmap warns from C++ of operators that it runs in a loop."""
+    """Without warnings: drawn calls include what torch warns of, and vmap warns from C++ of operators it runs in a loop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch._C._functorch._set_vmap_fallback_warning_enabled(False)
