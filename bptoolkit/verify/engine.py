@@ -88,11 +88,12 @@ def _quiet() -> Iterator[None]:
     """Without warnings: drawn calls include what torch warns of, and vmap warns from C++ of operators it runs in a loop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+        torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # torch's default; it cannot be asked
+            # torch's default; what it was before cannot be asked
+            torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 def _run(
