@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bptoolkit.verify.explain import failure_of
+from bptoolkit.verify.inputs import clamp
 from bptoolkit.verify.point import DTYPES, Axes, Point
 from bptoolkit.verify.properties import PROPERTIES, QUICK
 from bptoolkit.verify.properties.values import AXIS_PROPERTY, VALUE_PROPERTIES, axes_of, compare_values, property_of
@@ -205,7 +206,8 @@ def _search_values(
             {k: v if "sizes" in moved else v[:1] for k, v in search.axes.sizes.items()},
             {f: v if f in fields else v[:1] for f, v in search.axes.fields.items()},
         )
-        rows += [replace(p, seed=search.seed * 1000 + p.seed % 1000) for p in drawn_points(drawn, search.seed, examples)]
+        found = drawn_points(drawn, search.seed, examples)
+        rows += [replace(clamp(search.source, p), seed=search.seed * 1000 + p.seed % 1000) for p in found]
     explained: list[Point] = []
     found_at_base = 0
     for k, point in enumerate(rows):

@@ -107,11 +107,12 @@ def gather(processes: int, seeds: tuple[int, ...], only: str, minutes: float) ->
     from faults.functional import FUNCTIONS
 
     names = {"fault": FAULTS, "twin": TWINS, "function": FUNCTIONS}
-    jobs = [(kind, name, seed) for seed in seeds for kind, all_ in names.items() if only in ("", kind) for name in all_]
+    jobs = [(kind, name, seed) for kind in ("fault", "twin") if only in ("", kind) for seed in seeds for name in names[kind]]
+    jobs += [("function", name, seed) for seed in seeds if only in ("", "function") for name in names["function"]]
     rows, until = [], time.monotonic() + 60 * minutes
     with multiprocessing.get_context("spawn").Pool(processes, _child, maxtasksperchild=40) as pool:
         scores = list(pool.imap(score_one, FAULTS)) if only in ("", "score") else []
-        for k, row in enumerate(pool.imap(verify_one, jobs)):
+        for k, row in enumerate(pool.imap_unordered(verify_one, jobs)):
             if time.monotonic() > until:
                 print(f"the time is up: {k} of {len(jobs)} checks were made", flush=True)
                 break
