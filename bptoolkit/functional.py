@@ -21,6 +21,7 @@ from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.lstm import lstm as lstm
 from bptoolkit.ops.mse_loss import mse_loss as mse_loss
 from bptoolkit.ops.multihead_attention import multi_head_attention_forward as multi_head_attention_forward
+from bptoolkit.ops.pad import pad as pad
 from bptoolkit.ops.pixel_shuffle import channel_shuffle as channel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_shuffle as pixel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_unshuffle as pixel_unshuffle

@@ -13,6 +13,7 @@ NAMES = (
     "conv",
     "conv_transpose",
     "fold",
+    "pad",
     "pixel_shuffle",
     "layer_norm",
     "mse_loss",

@@ -11,10 +11,7 @@ Maths     y[n,o,j] = b[o] + Σ_i Σ_k w[o,i,k] x[n,i,js + kd − p]       where 
                     = the correlation of x with dy: the same sum as y's, with samples for channels, dy for the kernel, and the
                       roles of stride and dilation exchanged (k steps by d, j by s); what it has beyond K is the tail, cut off
           db[o]     = Σ_n Σ_j dy[n,o,j]
-          With groups, all of this within each group.
-
-          Padding with border values is a gather, z[m] = x[source(m)]; its backward is a scatter, dx[i] = Σ_{source(m)=i} dz[m].
-          source(m) is m inside; outside it is m mirrored at the border (reflect), the border (replicate), m mod X (circular).
+          With groups, all of this within each group. Padding with border values comes first, as an op of its own: pad.py.
 Letters   n runs over N samples; i over I input channels of a group, o over O output channels; m, j, k over positions of the
           input (X), output (Y) and kernel (K), each an index per dimension; s stride, p padding, d dilation, r tail
 Numerics  products accumulate in float32 for half inputs (the vendor's kernels); channels_last goes through
@@ -32,6 +29,7 @@ from torch.nn import functional as F
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import LOW, Op
+from bptoolkit.ops.pad import RULE as PAD_RULE
 
 
 def forward(x, w, b, stride, padding, dilation, tail, groups):
@@ -65,33 +63,6 @@ def correlation(x, dy, w, stride, padding, dilation, groups):
 
 
 RULE = Rule("conv", forward, backward, inputs="x w b", outputs="y", uses={"x": "w", "w": "x w", "b": ""})
-
-
-def pad_forward(x, pad, mode):
-    return F.pad(x, pad, mode)
-
-
-def pad_backward(dy, pad, mode):
-    for k in range(len(pad) // 2):
-        dim, lo, hi = dy.dim() - 1 - k, pad[2 * k], pad[2 * k + 1]
-        X = dy.shape[dim] - lo - hi
-        inside = dy.narrow(dim, lo, X)  # the padded dimension is X again
-        if mode != "constant" and (lo or hi):
-            outside = torch.cat([dy.narrow(dim, 0, lo), dy.narrow(dim, lo + X, hi)], dim)
-            inside = inside.clone().index_add_(dim, source(X, lo, hi, mode, dy.device), outside)  # clone keeps channels_last
-        dy = inside
-    return dy
-
-
-def source(X, lo, hi, mode, device):
-    """Where the lo elements before a row of X and the hi after it are taken from."""
-    m = torch.cat([torch.arange(-lo, 0, device=device), torch.arange(X, X + hi, device=device)])
-    if mode == "reflect":
-        return (X - 1) - ((X - 1) - m.abs()).abs()
-    return m.clamp(0, X - 1) if mode == "replicate" else m % X
-
-
-PAD_RULE = Rule("pad", pad_forward, pad_backward, inputs="x", outputs="y")
 
 
 def _ints(op: str, name: str, value: Any, n: int, least: int) -> tuple[int, ...]:
@@ -155,7 +126,7 @@ def _named_padding(op: str, x: Tensor, K: Any, stride: Any, padding: str, dilati
         raise ValueError(f"{op}: padding='same' needs a stride of 1, not stride={stride}")
     both = [d * (k - 1) for d, k in zip(dilation, K)]
     if any(b % 2 for b in both):
-        x = PAD_RULE(x, tuple(e for b in reversed(both) for e in (0, b % 2)), "constant")
+        x = PAD_RULE(x, tuple(e for b in reversed(both) for e in (0, b % 2)), "constant", 0.0)
     return x, tuple(b // 2 for b in both)
 
 
@@ -248,7 +219,7 @@ def _padded(module: Any, x: Tensor) -> Tensor:
                 f"{type(module).__name__}: padding_mode={mode!r} can pad dimension {x.dim() - 1 - k // 2} of input "
                 f"{tuple(x.shape)} by up to {most}, not by {pad[k]}"
             )
-    return PAD_RULE(x, pad, mode)
+    return PAD_RULE(x, pad, mode, None)
 
 
 class Conv1d(nn.Conv1d):

@@ -218,6 +218,25 @@ class ConvTranspose3d(nn.ConvTranspose3d):
         return _module_forward(conv_transpose3d, self, input, output_size)
 
 
+def reference(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    """Zeros between the inputs, and a plain convolution with the kernel turned round. torch's own has no third derivative
+    where there is output padding (it raises in 2.13)."""
+    n = weight.dim() - 2
+    stride, padding, output_padding, dilation = (
+        (t,) * n if isinstance(t, int) else tuple(t) for t in (stride, padding, output_padding, dilation)
+    )
+    x, (I, O, *K) = input, weight.shape
+    for k in range(n):
+        dim, s = x.dim() - n + k, stride[k]
+        spread = F.pad(x.unsqueeze(dim + 1), [0, 0] * (n - 1 - k) + [0, s - 1]).flatten(dim, dim + 1)
+        x = spread.narrow(dim, 0, (x.shape[dim] - 1) * s + 1)
+    reach = [d * (k - 1) - p for d, k, p in zip(dilation, K, padding)]
+    x = F.pad(x, [e for b, r in zip(reversed(reach), reversed(output_padding)) for e in (b, b + r)])
+    w = weight.reshape(groups, I // groups, O, *K).transpose(1, 2).reshape(groups * O, I // groups, *K)
+    w = w.flip(list(range(2, n + 2)))
+    return (F.conv1d, F.conv2d, F.conv3d)[n - 1](x, w, bias, 1, 0, dilation, groups)
+
+
 def _case(n: int) -> Any:
     """Draws a call in n dimensions, the smaller the more dimensions it has."""
     most, kernels, dilations = {1: (9, (1, 2, 3), (1, 1, 2)), 2: (4, (1, 2, 3), (1, 1, 2)), 3: (2, (1, 1, 2), (1, 1, 1, 2))}[n]
@@ -254,11 +273,12 @@ def bench_3d(draw: Draw) -> Case:
     return Case((draw.tensor(2, 32, 8, 16, 16), draw.tensor(32, 16, 2, 2, 2, scale=0.05), draw.tensor(16), 2), {})
 
 
-def _op(call: Any, reference: Any, module: Any, shapes: str, **kw: Any) -> Op:
+def _op(call: Any, peer: Any, module: Any, shapes: str, **kw: Any) -> Op:
     return Op(
         name=call.__name__,
         call=call,
         reference=reference,
+        peer=peer,
         rules=(RULE,),
         module=(module,),
         replaces=(module.__base__,),

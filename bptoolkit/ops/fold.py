@@ -64,7 +64,8 @@ def _places(name: str, size: Any, options: tuple[tuple[int, ...], ...]) -> list[
     spare = [m + 2 * p - d * (k - 1) - 1 for m, k, d, p in zip(size, kernel, dilation, padding)]
     if min(spare) < 0:
         raise ValueError(
-            f"{name}: the window {kernel} with dilation={dilation} is larger than the image {tuple(size)} with padding={padding}"
+            f"{name}: the window {kernel} with dilation={dilation} is larger than the image {tuple(size)} "
+            f"with padding={padding}"
         )
     return [r // s + 1 for r, s in zip(spare, stride)]
 

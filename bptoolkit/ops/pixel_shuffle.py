@@ -107,8 +107,8 @@ def pixel_unshuffle(input: Tensor, downscale_factor: int, *, backend: str = "aut
     _check(PIXEL_UNSHUFFLE, input, "downscale_factor", downscale_factor)
     if input.shape[-2] % downscale_factor or input.shape[-1] % downscale_factor:
         raise ValueError(
-            f"pixel_unshuffle: input {tuple(input.shape)} has height {input.shape[-2]} and width {input.shape[-1]}; they must be "
-            f"divisible by downscale_factor={downscale_factor}"
+            f"pixel_unshuffle: input {tuple(input.shape)} has height {input.shape[-2]} and width {input.shape[-1]}; they must "
+            f"be divisible by downscale_factor={downscale_factor}"
         )
     return PIXEL_UNSHUFFLE_RULE(input, downscale_factor, backend=PIXEL_UNSHUFFLE.pick(PIXEL_UNSHUFFLE_RULE, backend, input))
 
@@ -131,7 +131,8 @@ def channel_shuffle(input: Tensor, groups: int, *, backend: str = "auto") -> Ten
     _check(CHANNEL_SHUFFLE, input, "groups", groups)
     if input.shape[1] % groups:
         raise ValueError(
-            f"channel_shuffle: input {tuple(input.shape)} has {input.shape[1]} channels; they must be divisible by groups={groups}"
+            f"channel_shuffle: input {tuple(input.shape)} has {input.shape[1]} channels; they must be divisible by "
+            f"groups={groups}"
         )
     return CHANNEL_SHUFFLE_RULE(input, groups, backend=CHANNEL_SHUFFLE.pick(CHANNEL_SHUFFLE_RULE, backend, input))
 

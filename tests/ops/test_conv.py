@@ -118,13 +118,13 @@ def test_padding_rule(n, mode):
         pad = tuple(random.randint(0, m) for m in reversed(most) for _ in range(2))
         x = torch.randn(2, 2, *X, dtype=torch.float64, requires_grad=True)
         results = []
-        for y in (module.PAD_RULE(x, pad, mode), F.pad(x, pad, mode)):
+        for y in (module.PAD_RULE(x, pad, mode, None), F.pad(x, pad, mode)):
             (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
             results.append((y, g, *torch.autograd.grad(g.cos().sum(), x)))
         torch.testing.assert_close(*results)
     x, pad = torch.randn(1, 2, *(2,) * n, dtype=torch.float64, requires_grad=True), (1,) * 2 * n
-    assert gradcheck(lambda x: module.PAD_RULE(x, pad, mode), x, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(lambda x: module.PAD_RULE(x, pad, mode), x)
+    assert gradcheck(lambda x: module.PAD_RULE(x, pad, mode, None), x, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(lambda x: module.PAD_RULE(x, pad, mode, None), x)
 
 
 MODES = ("zeros", "reflect", "replicate", "circular")
