@@ -16,6 +16,7 @@ from bptoolkit.ops.cross_entropy import cross_entropy as cross_entropy
 from bptoolkit.ops.fold import fold as fold
 from bptoolkit.ops.fold import unfold as unfold
 from bptoolkit.ops.gru import gru as gru
+from bptoolkit.ops.interpolate import interpolate as interpolate
 from bptoolkit.ops.layer_norm import layer_norm as layer_norm
 from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.lstm import lstm as lstm

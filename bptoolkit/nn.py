@@ -15,6 +15,9 @@ from bptoolkit.ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from bptoolkit.ops.fold import Fold as Fold
 from bptoolkit.ops.fold import Unfold as Unfold
 from bptoolkit.ops.gru import GRU as GRU
+from bptoolkit.ops.interpolate import Upsample as Upsample
+from bptoolkit.ops.interpolate import UpsamplingBilinear2d as UpsamplingBilinear2d
+from bptoolkit.ops.interpolate import UpsamplingNearest2d as UpsamplingNearest2d
 from bptoolkit.ops.layer_norm import LayerNorm as LayerNorm
 from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.lstm import LSTM as LSTM

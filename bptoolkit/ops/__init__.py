@@ -13,6 +13,7 @@ NAMES = (
     "conv",
     "conv_transpose",
     "fold",
+    "interpolate",
     "pad",
     "pixel_shuffle",
     "layer_norm",
