@@ -285,6 +285,10 @@ def bench_depthwise(draw: Draw) -> Case:
     return Case((draw.tensor(16, 128, 28, 28), draw.tensor(128, 1, 3, 3), draw.tensor(128), 1, "same", 1, 128), {})
 
 
+def bench_pointwise(draw: Draw) -> Case:
+    return Case((draw.tensor(16, 128, 28, 28), draw.tensor(256, 128, 1, 1, scale=0.05), draw.tensor(256)), {})
+
+
 def bench_1d(draw: Draw) -> Case:
     return Case((draw.tensor(32, 64, 512), draw.tensor(64, 64, 5, scale=0.05), draw.tensor(64), 1, 2), {})
 
@@ -322,7 +326,7 @@ CONV2D = _op(
     Conv2d,
     "input: *N C H W, weight: O I kH kW, bias: O -> *N O H' W'",
     case=_case(2),
-    bench={"3×3": bench_3x3, "stride 2": bench_strided, "depthwise": bench_depthwise},
+    bench={"3×3": bench_3x3, "stride 2": bench_strided, "depthwise": bench_depthwise, "1×1": bench_pointwise},
 )
 CONV3D = _op(
     conv3d,

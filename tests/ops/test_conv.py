@@ -56,6 +56,21 @@ def test_the_sums_are_the_vendors(n):
                 torch.testing.assert_close(got[alone], fast[alone])
 
 
+@each_dim
+@pytest.mark.parametrize("kind", ["depthwise", "depthwise × 2", "pointwise"])
+def test_depthwise_and_pointwise(n, kind):
+    """One channel a group, and a kernel of one element: first and second order as torch."""
+    C, groups, K = 4, 1 if kind == "pointwise" else 4, 1 if kind == "pointwise" else 3
+    x = torch.randn(2, C, *(5,) * n, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(C * (1 + (kind == "depthwise × 2")), C // groups, *(K,) * n, dtype=torch.float64, requires_grad=True)
+    results = []
+    for fn in CALLS[n]:
+        y = fn(x, w, None, 2, K // 2, 1, groups)
+        g = torch.autograd.grad(y.sin().sum(), (x, w), create_graph=True)
+        results.append((y, g, torch.autograd.grad(sum(t.cos().sum() for t in g), (x, w))))
+    torch.testing.assert_close(*results)
+
+
 def kept_by(fn, *args):
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
