@@ -31,7 +31,7 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "fold": lambda n, s: (r(20 + s, 12, n * (n + 40)), (n + 1, n + 41), 2),
     "unfold": lambda n, s: (r(20 + s, 3, n, n + 40), 2),
     "pad": lambda n, s: (r(20 + s, 3, n, n + 40), (2, 1, 1, 3), "reflect"),
-    "interpolate": lambda n, s: (r(20 + s, 3, n, n + 40), None, 2.5, "bilinear"),
+    "interpolate": lambda n, s: (r(20 + s, 3, n, n + 40), None, 2.0, "bilinear"),
     "pixel_shuffle": lambda n, s: (r(20 + s, 12, n, n + 40), 2),
     "pixel_unshuffle": lambda n, s: (r(20 + s, 3, 2 * n, 2 * n + 90), 2),
     "channel_shuffle": lambda n, s: (r(20 + s, 6, n), 2),
