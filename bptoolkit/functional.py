@@ -6,6 +6,9 @@ from bptoolkit.ops.activation import sigmoid as sigmoid
 from bptoolkit.ops.activation import silu as silu
 from bptoolkit.ops.activation import tanh as tanh
 from bptoolkit.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
+from bptoolkit.ops.avg_pool import avg_pool1d as avg_pool1d
+from bptoolkit.ops.avg_pool import avg_pool2d as avg_pool2d
+from bptoolkit.ops.avg_pool import avg_pool3d as avg_pool3d
 from bptoolkit.ops.conv import conv1d as conv1d
 from bptoolkit.ops.conv import conv2d as conv2d
 from bptoolkit.ops.conv import conv3d as conv3d
@@ -20,6 +23,9 @@ from bptoolkit.ops.interpolate import interpolate as interpolate
 from bptoolkit.ops.layer_norm import layer_norm as layer_norm
 from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.lstm import lstm as lstm
+from bptoolkit.ops.max_pool import max_pool1d as max_pool1d
+from bptoolkit.ops.max_pool import max_pool2d as max_pool2d
+from bptoolkit.ops.max_pool import max_pool3d as max_pool3d
 from bptoolkit.ops.mse_loss import mse_loss as mse_loss
 from bptoolkit.ops.multihead_attention import multi_head_attention_forward as multi_head_attention_forward
 from bptoolkit.ops.pad import pad as pad

@@ -2,9 +2,12 @@
 
 from bptoolkit.ops.activation import GELU as GELU
 from bptoolkit.ops.activation import ReLU as ReLU
-from bptoolkit.ops.activation import Sigmoid as Sigmoid
 from bptoolkit.ops.activation import SiLU as SiLU
+from bptoolkit.ops.activation import Sigmoid as Sigmoid
 from bptoolkit.ops.activation import Tanh as Tanh
+from bptoolkit.ops.avg_pool import AvgPool1d as AvgPool1d
+from bptoolkit.ops.avg_pool import AvgPool2d as AvgPool2d
+from bptoolkit.ops.avg_pool import AvgPool3d as AvgPool3d
 from bptoolkit.ops.conv import Conv1d as Conv1d
 from bptoolkit.ops.conv import Conv2d as Conv2d
 from bptoolkit.ops.conv import Conv3d as Conv3d
@@ -21,6 +24,9 @@ from bptoolkit.ops.interpolate import UpsamplingNearest2d as UpsamplingNearest2d
 from bptoolkit.ops.layer_norm import LayerNorm as LayerNorm
 from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.lstm import LSTM as LSTM
+from bptoolkit.ops.max_pool import MaxPool1d as MaxPool1d
+from bptoolkit.ops.max_pool import MaxPool2d as MaxPool2d
+from bptoolkit.ops.max_pool import MaxPool3d as MaxPool3d
 from bptoolkit.ops.mse_loss import MSELoss as MSELoss
 from bptoolkit.ops.multihead_attention import MultiheadAttention as MultiheadAttention
 from bptoolkit.ops.pad import CircularPad1d as CircularPad1d

@@ -24,6 +24,8 @@ NAMES = (
     "lstm",
     "gru",
     "rnn",
+    "max_pool",
+    "avg_pool",
 )
 
 OPS: dict[str, Op] = {op.name: op for name in NAMES for op in import_module(f"bptoolkit.ops.{name}").OPS}
