@@ -2,9 +2,15 @@
 
 from bptoolkit.ops.activation import GELU as GELU
 from bptoolkit.ops.activation import ReLU as ReLU
-from bptoolkit.ops.activation import SiLU as SiLU
 from bptoolkit.ops.activation import Sigmoid as Sigmoid
+from bptoolkit.ops.activation import SiLU as SiLU
 from bptoolkit.ops.activation import Tanh as Tanh
+from bptoolkit.ops.adaptive_pool import AdaptiveAvgPool1d as AdaptiveAvgPool1d
+from bptoolkit.ops.adaptive_pool import AdaptiveAvgPool2d as AdaptiveAvgPool2d
+from bptoolkit.ops.adaptive_pool import AdaptiveAvgPool3d as AdaptiveAvgPool3d
+from bptoolkit.ops.adaptive_pool import AdaptiveMaxPool1d as AdaptiveMaxPool1d
+from bptoolkit.ops.adaptive_pool import AdaptiveMaxPool2d as AdaptiveMaxPool2d
+from bptoolkit.ops.adaptive_pool import AdaptiveMaxPool3d as AdaptiveMaxPool3d
 from bptoolkit.ops.avg_pool import AvgPool1d as AvgPool1d
 from bptoolkit.ops.avg_pool import AvgPool2d as AvgPool2d
 from bptoolkit.ops.avg_pool import AvgPool3d as AvgPool3d
@@ -23,10 +29,16 @@ from bptoolkit.ops.interpolate import UpsamplingBilinear2d as UpsamplingBilinear
 from bptoolkit.ops.interpolate import UpsamplingNearest2d as UpsamplingNearest2d
 from bptoolkit.ops.layer_norm import LayerNorm as LayerNorm
 from bptoolkit.ops.linear import Linear as Linear
+from bptoolkit.ops.lp_pool import LPPool1d as LPPool1d
+from bptoolkit.ops.lp_pool import LPPool2d as LPPool2d
+from bptoolkit.ops.lp_pool import LPPool3d as LPPool3d
 from bptoolkit.ops.lstm import LSTM as LSTM
 from bptoolkit.ops.max_pool import MaxPool1d as MaxPool1d
 from bptoolkit.ops.max_pool import MaxPool2d as MaxPool2d
 from bptoolkit.ops.max_pool import MaxPool3d as MaxPool3d
+from bptoolkit.ops.max_unpool import MaxUnpool1d as MaxUnpool1d
+from bptoolkit.ops.max_unpool import MaxUnpool2d as MaxUnpool2d
+from bptoolkit.ops.max_unpool import MaxUnpool3d as MaxUnpool3d
 from bptoolkit.ops.mse_loss import MSELoss as MSELoss
 from bptoolkit.ops.multihead_attention import MultiheadAttention as MultiheadAttention
 from bptoolkit.ops.pad import CircularPad1d as CircularPad1d

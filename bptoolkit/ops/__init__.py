@@ -26,6 +26,9 @@ NAMES = (
     "rnn",
     "max_pool",
     "avg_pool",
+    "adaptive_pool",
+    "lp_pool",
+    "max_unpool",
 )
 
 OPS: dict[str, Op] = {op.name: op for name in NAMES for op in import_module(f"bptoolkit.ops.{name}").OPS}

@@ -159,8 +159,9 @@ def avg_pool3d(
     return _pool(AVG_POOL3D, 3, input, options, ceil_mode, count_include_pad, divisor_override, backend)
 
 
-def _options(module: Any) -> tuple[Any, ...]:
-    return module.kernel_size, module.stride, module.padding, module.ceil_mode, module.count_include_pad
+def _module_forward(call: Any, module: Any, input: Tensor, *divisor: int | None) -> Tensor:
+    options = (module.stride, module.padding, module.ceil_mode, module.count_include_pad, *divisor)
+    return call(input, module.kernel_size, *options, backend=module.backend)
 
 
 class AvgPool1d(nn.AvgPool1d):
@@ -169,7 +170,7 @@ class AvgPool1d(nn.AvgPool1d):
     backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
 
     def forward(self, input: Tensor) -> Tensor:
-        return avg_pool1d(input, *_options(self), backend=self.backend)
+        return _module_forward(avg_pool1d, self, input)
 
 
 class AvgPool2d(nn.AvgPool2d):
@@ -178,7 +179,7 @@ class AvgPool2d(nn.AvgPool2d):
     backend: str = "auto"
 
     def forward(self, input: Tensor) -> Tensor:
-        return avg_pool2d(input, *_options(self), self.divisor_override, backend=self.backend)
+        return _module_forward(avg_pool2d, self, input, self.divisor_override)
 
 
 class AvgPool3d(nn.AvgPool3d):
@@ -187,7 +188,7 @@ class AvgPool3d(nn.AvgPool3d):
     backend: str = "auto"
 
     def forward(self, input: Tensor) -> Tensor:
-        return avg_pool3d(input, *_options(self), self.divisor_override, backend=self.backend)
+        return _module_forward(avg_pool3d, self, input, self.divisor_override)
 
 
 def _case(n: int) -> Any:

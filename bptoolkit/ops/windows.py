@@ -29,12 +29,16 @@ def check_input(op: Op, n: int, x: Tensor, channels: bool = True) -> None:
         raise ValueError(f"{op.name}: input has shape {shape}; only the number of samples may be 0")
 
 
-def windows(op: Op, n: int, x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> tuple[Any, ...]:
+def windows(
+    op: Op, n: int, x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> tuple[Any, ...]:
     """kernel, stride, padding, dilation, each with n sizes, and ceil_mode; after the checks that go with them."""
     check_input(op, n, x)
     name = op.name
     kernel = ints(name, "kernel_size", kernel, n, 1)
-    stride = kernel if stride is None or (isinstance(stride, (tuple, list)) and not stride) else ints(name, "stride", stride, n, 1)
+    stride = (
+        kernel if stride is None or (isinstance(stride, (tuple, list)) and not stride) else ints(name, "stride", stride, n, 1)
+    )
     padding, dilation = ints(name, "padding", padding, n, 0), ints(name, "dilation", dilation, n, 1)
     for X, k, s, p, d in zip(x.shape[-n:], kernel, stride, padding, dilation):
         reach = d * (k - 1) + 1
@@ -42,7 +46,8 @@ def windows(op: Op, n: int, x: Tensor, kernel: Any, stride: Any, padding: Any, d
             raise ValueError(f"{name}: padding={padding} is more than half of kernel_size={kernel} with dilation={dilation}")
         if X + 2 * p - reach + (s - 1 if ceil_mode else 0) < 0:
             raise ValueError(
-                f"{name}: kernel_size={kernel} with dilation={dilation} is larger than input {tuple(x.shape)} with padding={padding}"
+                f"{name}: kernel_size={kernel} with dilation={dilation} is larger than the input {tuple(x.shape)} "
+                f"with padding={padding}"
             )
     return kernel, stride, padding, dilation, bool(ceil_mode)
 
