@@ -19,6 +19,7 @@ Source    He et al., "Spatial pyramid pooling in deep convolutional networks", E
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import Op
-from bptoolkit.ops.windows import channels_to_end, channels_to_front, check_input, layout, scatter, spread
+from bptoolkit.ops.windows import by_samples, check_input, layout, repeat, scatter, spread
 from bptoolkit.precision import wide
 
 AVERAGES = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
@@ -40,17 +41,16 @@ def avg_forward(x, windows, size, last):
 
 
 def avg_backward(dy, windows, size, last):
-    n = len(size)
-    g = wide(dy)
-    g = channels_to_end(g) if last else g  # N Y C
-    k = g.dim() - n - last
-    if all(Y == 1 for Y in windows):
-        g = (g / torch.Size(size).numel()).expand(*g.shape[:k], *size, *g.shape[k + n :])
-    else:
-        for d in range(n - 1, -1, -1):
-            g = adaptive_spread(g, k + d, size[d])
-    g = g.to(dy.dtype).contiguous()
-    return channels_to_front(g) if last else g
+    def formula(g):  # R Y, or R Y C
+        g = wide(g)
+        if whole and (last or max(windows) == 1):
+            return repeat(g / (prod(size) // prod(windows)), size)
+        for k in reversed(range(len(size))):
+            g = adaptive_spread(g, 1 + k, size[k])
+        return g
+
+    whole = all(Y and X % Y == 0 for X, Y in zip(size, windows))
+    return by_samples(formula, dy, size, last)  # *B X
 
 
 def adaptive_spread(g, dim, X):

@@ -18,6 +18,7 @@ Source    LeCun et al., "Gradient-based learning applied to document recognition
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import Op
 from bptoolkit.ops.max_pool import draw_windows
-from bptoolkit.ops.windows import channels_to_end, channels_to_front, layout, spread, windows
+from bptoolkit.ops.windows import by_samples, channels_to_end, channels_to_front, layout, repeat, spread, windows
 from bptoolkit.precision import wide
 
 
@@ -43,20 +44,32 @@ def average(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor):
 
 
 def transposed(g, kernel, stride, padding, ceil_mode, count_include_pad, divisor, size, last):
-    """Σ_j g[j] / D[j] over the windows that cover each position."""
+    """Σ_j g[j] / D[j] over the windows that cover each position, in g's dtype."""
     n = len(kernel)
-    g = channels_to_end(g) if last else g  # N Y C
-    first = g.dim() - n - last
-    if divisor is None and (ceil_mode or (any(padding) and not count_include_pad)):  # windows of several sizes
-        for k in range(n):
-            D = lengths(g, first + k, kernel[k], stride[k], padding[k], size[k], count_include_pad)
-            g = g / D.reshape(-1, *(1,) * (g.dim() - 1 - first - k))
-    else:
-        g = g / (divisor or torch.Size(kernel).numel())
-    for k in reversed(range(n)):
-        g = spread(g, first + k, kernel[k], stride[k], padding[k], size[k])
-    g = g.contiguous()
-    return channels_to_front(g) if last else g
+    several = divisor is None and (ceil_mode or (any(padding) and not count_include_pad))  # sizes of windows
+
+    def formula(g):  # R Y, or R Y C
+        g = wide(g)
+        if several:
+            for k in range(n):
+                D = lengths(g, 1 + k, kernel[k], stride[k], padding[k], size[k], count_include_pad)
+                g = g / D.reshape(-1, *(1,) * (g.dim() - 2 - k))
+        else:
+            g = g / (divisor or prod(kernel))
+        if last and disjoint:
+            return repeat(g, size)
+        if pooling:
+            pad = [k - 1 - p for k, p in zip(kernel, padding)]
+            g = F.pad(channels_to_front(g), (pad[1], pad[1], pad[0], pad[0]))
+            return channels_to_end(F.avg_pool2d(g, kernel, 1, divisor_override=1))
+        for k in reversed(range(n)):
+            g = spread(g, 1 + k, kernel[k], stride[k], padding[k], size[k])
+        return g
+
+    disjoint = kernel == stride and not any(padding) and not any(X % k for X, k in zip(size, kernel))
+    pooling = last and stride == (1, 1) and prod(kernel) <= 16  # the transpose pools again, and torch has a fast kernel for it
+    blocks = not pooling and any(k >= 2 * s for k, s in zip(kernel, stride))
+    return by_samples(formula, g, size, last, blocks)
 
 
 def lengths(g, dim, k, s, p, X, count_include_pad):
@@ -73,7 +86,7 @@ def forward(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor, s
 
 
 def backward(dy, kernel, stride, padding, ceil_mode, count_include_pad, divisor, size, last):
-    return transposed(wide(dy), kernel, stride, padding, ceil_mode, count_include_pad, divisor, size, last).to(dy.dtype)
+    return transposed(dy, kernel, stride, padding, ceil_mode, count_include_pad, divisor, size, last)
 
 
 RULE = Rule("avg_pool", forward, backward, inputs="x", outputs="y")
@@ -81,7 +94,7 @@ RULE = Rule("avg_pool", forward, backward, inputs="x", outputs="y")
 
 def _pool(op: Op, n: int, x: Tensor, options: Any, ceil_mode: bool, include: bool, divisor: int | None, backend: str) -> Tensor:
     (x,) = op.cast(x)
-    kernel, stride, padding, _, ceil_mode = windows(op, n, x, *options, 1, ceil_mode)
+    kernel, stride, padding, _, ceil_mode = windows(op, n, x, (*options, 1), ceil_mode)
     if divisor == 0:
         raise ValueError(f"{op.name}: divisor_override is 0; it must be another number, or None for the size of the window")
     args = (x, kernel, stride, padding, ceil_mode, bool(include), divisor, *layout(n, x))

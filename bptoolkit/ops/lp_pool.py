@@ -15,7 +15,7 @@ Source    Sermanet, Chintala & LeCun, "Convolutional neural networks applied to 
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -34,14 +34,14 @@ from bptoolkit.precision import wide
 
 def forward(x, p, kernel, stride, padding, ceil_mode, size, last):
     mean = average(wide(x).pow(p), kernel, stride, padding, ceil_mode, True, None)
-    return mean.mul(torch.Size(kernel).numel()).pow(1 / p).to(x.dtype)  # *B Y
+    return mean.mul(prod(kernel)).pow(1 / p).to(x.dtype)  # *B Y
 
 
 def backward(dy, x, y, p, kernel, stride, padding, ceil_mode, size, last):
     g, x, y = wide(dy), wide(x), wide(y)
     zero = y == 0
     g = g if p == 1 else g * torch.where(zero, 1.0, y).pow(1 - p)  # *B Y
-    g = torch.where(zero, 0.0, g * torch.Size(kernel).numel())
+    g = torch.where(zero, 0.0, g * prod(kernel))
     g = transposed(g, kernel, stride, padding, ceil_mode, True, None, size, last)  # *B X
     return (g if p == 1 else g * x.pow(p - 1)).to(dy.dtype)
 
@@ -66,7 +66,7 @@ def _pool(op: Op, n: int, x: Tensor, p: float, kernel: Any, stride: Any, ceil_mo
         raise ValueError(f"{op.name}: norm_type={p!r} must be a number other than 0")
     extreme = p in (inf, -inf)
     (x,) = (max_pool.OPS[n - 1] if extreme else op).cast(x)
-    kernel, stride, padding, dilation, ceil_mode = windows(op, n, x, kernel, stride, 0, 1, ceil_mode)
+    kernel, stride, padding, dilation, ceil_mode = windows(op, n, x, (kernel, stride, 0, 1), ceil_mode)
     args: Any
     if extreme:
         args = (x, 1 if p > 0 else -1, kernel, stride, padding, dilation, ceil_mode, *layout(n, x))

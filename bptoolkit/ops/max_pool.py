@@ -41,7 +41,7 @@ RULE = Rule("max_pool", forward, backward, inputs="x", outputs="y i", constants=
 def _pool(op: Op, n: int, x: Tensor, options: Any, ceil_mode: bool, return_indices: bool, backend: str) -> Any:
     if not (n == 3 and return_indices):  # torch's autocast has no entry for max_pool3d_with_indices
         (x,) = op.cast(x)
-    args = (x, *windows(op, n, x, *options, ceil_mode), *layout(n, x))
+    args = (x, *windows(op, n, x, options, ceil_mode), *layout(n, x))
     y, i = RULE(*args, backend=op.pick(RULE, backend, *args))
     return (y, i) if return_indices else y
 

@@ -6,6 +6,7 @@ elements of a window; its transpose writes by index (`scatter`) or spreads over 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -18,6 +19,8 @@ from bptoolkit.op import Op
 from bptoolkit.ops.conv import _ints as ints
 from bptoolkit.precision import wide
 
+BLOCK = 1 << 17  # elements of a block: all that a formula makes of it stays in the cache
+
 
 def check_input(op: Op, n: int, x: Tensor, channels: bool = True) -> None:
     """Raise unless x is (N, C, *X) or (C, *X) with n sizes in X, none of them 0, nor C where `channels` says so."""
@@ -29,12 +32,10 @@ def check_input(op: Op, n: int, x: Tensor, channels: bool = True) -> None:
         raise ValueError(f"{op.name}: input has shape {shape}; only the number of samples may be 0")
 
 
-def windows(
-    op: Op, n: int, x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
-) -> tuple[Any, ...]:
+def windows(op: Op, n: int, x: Tensor, options: tuple[Any, ...], ceil_mode: bool) -> tuple[Any, ...]:
     """kernel, stride, padding, dilation, each with n sizes, and ceil_mode; after the checks that go with them."""
     check_input(op, n, x)
-    name = op.name
+    name, (kernel, stride, padding, dilation) = op.name, options
     kernel = ints(name, "kernel_size", kernel, n, 1)
     stride = (
         kernel if stride is None or (isinstance(stride, (tuple, list)) and not stride) else ints(name, "stride", stride, n, 1)
@@ -110,6 +111,42 @@ def channels_to_end(t: Tensor) -> Tensor:
 def channels_to_front(t: Tensor) -> Tensor:
     """The opposite."""
     return t.permute(0, t.dim() - 1, *range(1, t.dim() - 1))
+
+
+def by_samples(
+    formula: Callable[[Tensor], Tensor], g: Tensor, size: tuple[int, ...], last: bool, blocks: bool = False
+) -> Tensor:
+    """formula(g), which takes (R, *Y) to (R, *X), or (R, *Y, C) to (R, *X, C) if `last`, each row on its own.
+
+    Args:
+        formula: computes in what is wide enough; g's dtype comes back.
+        g: (*B, *Y), or (N, C, *Y) if `last`.
+        size: the sizes X.
+        last: channels_last, for g as for the result.
+        blocks: the formula has several steps, and is to be run on a few rows at a time where that is possible.
+    """
+    dtype, free, g = g.dtype, blocks and g.device.type == "cpu" and unwatched(g), channels_to_end(g) if last else g
+    k = g.dim() - len(size) - last
+    lead, R, channels = g.shape[:k], prod(g.shape[:k]), g.shape[g.dim() - last :]
+    g = g.reshape(R, *g.shape[k:])
+    n = max(BLOCK // max(prod(size) * prod(channels), 1), 1)  # rows that stay in the cache
+    if free and n < R:
+        out = g.new_empty(R, *size, *channels)
+        for part, into in zip(g.split(n), out.split(n)):
+            into.copy_(formula(part))
+    else:
+        out = formula(g).to(dtype).contiguous()
+    out = out.reshape(*lead, *size, *channels)
+    return channels_to_front(out) if last else out
+
+
+def repeat(g: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(R, *Y, …) to (R, *X, …): every element of the dimensions Y as often as it goes into X, in one copy."""
+    n, R = len(size), g.shape[0]
+    Y, rest = g.shape[1 : n + 1], g.shape[n + 1 :]
+    g = g.reshape(R, *(d for y in Y for d in (y, 1)), *rest)
+    g = g.expand(R, *(d for y, X in zip(Y, size) for d in (y, X // y)), *rest)
+    return g.reshape(R, *size, *rest)
 
 
 def spread(g: Tensor, dim: int, k: int, s: int, p: int, X: int) -> Tensor:
