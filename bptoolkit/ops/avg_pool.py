@@ -29,7 +29,7 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import Op
 from bptoolkit.ops.max_pool import draw_windows
-from bptoolkit.ops.windows import by_samples, channels_to_end, channels_to_front, layout, repeat, spread, windows
+from bptoolkit.ops.windows import by_samples, layout, repeat, spread, windows
 from bptoolkit.precision import wide
 
 
@@ -58,17 +58,12 @@ def transposed(g, kernel, stride, padding, ceil_mode, count_include_pad, divisor
             g = g / (divisor or prod(kernel))
         if last and disjoint:
             return repeat(g, size)
-        if pooling:
-            pad = [k - 1 - p for k, p in zip(kernel, padding)]
-            g = F.pad(channels_to_front(g), (pad[1], pad[1], pad[0], pad[0]))
-            return channels_to_end(F.avg_pool2d(g, kernel, 1, divisor_override=1))
         for k in reversed(range(n)):
             g = spread(g, 1 + k, kernel[k], stride[k], padding[k], size[k])
         return g
 
     disjoint = kernel == stride and not any(padding) and not any(X % k for X, k in zip(size, kernel))
-    pooling = last and stride == (1, 1) and prod(kernel) <= 16  # the transpose pools again, and torch has a fast kernel for it
-    blocks = not pooling and any(k >= 2 * s for k, s in zip(kernel, stride))
+    blocks = any(k >= 2 * s for k, s in zip(kernel, stride))  # sums of several elements
     return by_samples(formula, g, size, last, blocks)
 
 

@@ -13,8 +13,10 @@ Source    Yamaguchi et al., "A neural network for speaker-independent isolated w
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,9 +32,21 @@ def forward(x, kernel, stride, padding, dilation, ceil_mode, size, last):
     return POOLS[len(kernel) - 1](x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)  # *B Y, *B Y
 
 
-def backward(dy, i, kernel, stride, dilation, size, last):
+def backward(dy, i, kernel, stride, padding, dilation, size, last):
+    if any(d > X for d, X in zip(dilation, size)):
+        dy, i = without_empty(dy, i, stride, padding, dilation, size)
     overlap = any(s < d * (k - 1) + 1 for k, s, d in zip(kernel, stride, dilation))
     return scatter(dy, i, size, last, overlap)  # *B X
+
+
+def without_empty(dy, i, stride, padding, dilation, size):
+    """Steps longer than X may pass over all of it: such a window holds nothing, y is −∞, and torch's i is no place in x."""
+    for k, (s, p, d, X) in enumerate(zip(stride, padding, dilation, size)):
+        dim = dy.dim() - len(size) + k
+        start = torch.arange(dy.shape[dim], device=dy.device) * s - p
+        first = torch.where(start < 0, start % d, start)  # the first position that is not before x
+        dy = torch.where((first < X).reshape(-1, *(1,) * (dy.dim() - 1 - dim)), dy, 0.0)
+    return dy, i.clamp(max=prod(size) - 1)
 
 
 RULE = Rule("max_pool", forward, backward, inputs="x", outputs="y i", constants="i")
