@@ -13,7 +13,6 @@ Source    Yamaguchi et al., "A neural network for speaker-independent isolated w
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -32,21 +31,12 @@ def forward(x, kernel, stride, padding, dilation, ceil_mode, size, last):
     return POOLS[len(kernel) - 1](x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)  # *B Y, *B Y
 
 
-def backward(dy, i, kernel, stride, padding, dilation, size, last):
-    if any(d > X for d, X in zip(dilation, size)):
-        dy, i = without_empty(dy, i, stride, padding, dilation, size)
+def backward(dy, i, kernel, stride, dilation, size, last):
+    if any(k > 1 and d > X for k, d, X in zip(kernel, dilation, size)):
+        # The window steps over all of x, from −1 to X: it holds nothing, y is −∞, and torch's i is no place in x.
+        dy, i = torch.where(i < 0, dy, 0.0), i.clamp(max=0)  # i < 0 nowhere
     overlap = any(s < d * (k - 1) + 1 for k, s, d in zip(kernel, stride, dilation))
     return scatter(dy, i, size, last, overlap)  # *B X
-
-
-def without_empty(dy, i, stride, padding, dilation, size):
-    """Steps longer than X may pass over all of it: such a window holds nothing, y is −∞, and torch's i is no place in x."""
-    for k, (s, p, d, X) in enumerate(zip(stride, padding, dilation, size)):
-        dim = dy.dim() - len(size) + k
-        start = torch.arange(dy.shape[dim], device=dy.device) * s - p
-        first = torch.where(start < 0, start % d, start)  # the first position that is not before x
-        dy = torch.where((first < X).reshape(-1, *(1,) * (dy.dim() - 1 - dim)), dy, 0.0)
-    return dy, i.clamp(max=prod(size) - 1)
 
 
 RULE = Rule("max_pool", forward, backward, inputs="x", outputs="y i", constants="i")
@@ -170,7 +160,7 @@ def draw_windows(draw: Draw, n: int, dilated: bool = True, padded: bool = True) 
     stride: Any = draw.choice((None, 1, 2, [draw.choice((1, 2, 3)) for _ in range(n)]))
     dilation = [draw.choice((1, 1, 2)) for _ in range(n)] if dilated else [1] * n
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation)]
-    padding = [draw.choice(range(r // 2 + 1)) for r in reach] if padded else [0] * n
+    padding = [draw.choice(range(k // 2 + 1)) for k in kernel] if padded else [0] * n
     X = [max(draw.size(least=1, most=most), r - 2 * p) for r, p in zip(reach, padding)]
     batch = () if draw.random.random() < 0.2 else (draw.size(most=2),)
     x = draw.tensor(*batch, draw.size(least=1, most=3), *X)

@@ -43,8 +43,8 @@ def windows(op: Op, n: int, x: Tensor, options: tuple[Any, ...], ceil_mode: bool
     padding, dilation = ints(name, "padding", padding, n, 0), ints(name, "dilation", dilation, n, 1)
     for X, k, s, p, d in zip(x.shape[-n:], kernel, stride, padding, dilation):
         reach = d * (k - 1) + 1
-        if p > reach // 2:
-            raise ValueError(f"{name}: padding={padding} is more than half of kernel_size={kernel} with dilation={dilation}")
+        if p > k // 2:
+            raise ValueError(f"{name}: padding={padding} is more than half of kernel_size={kernel}")
         if X + 2 * p - reach + (s - 1 if ceil_mode else 0) < 0:
             raise ValueError(
                 f"{name}: kernel_size={kernel} with dilation={dilation} is larger than the input {tuple(x.shape)} "
@@ -156,7 +156,7 @@ def spread(g: Tensor, dim: int, k: int, s: int, p: int, X: int) -> Tensor:
     which is t < a, and t = a too if r < b: in each block only two values differ,
         A[q] = g[q] + … + g[q − a + 1] for r ≥ b,         B[q] = A[q] + g[q − a] for r < b.
     """
-    a, b = divmod(k, s)
+    a, b = k // s, k % s
     Q = -(-(X + p) // s)  # blocks
     before, after = (a if b else a - 1), Q - g.shape[dim]
     h = F.pad(g, (0, 0) * (g.dim() - 1 - dim) + (before, after)) if before or after else g  # g[q] is h[q + before]
