@@ -41,6 +41,7 @@ class Op:
         bench: label -> what draws the arguments of one row of the benchmark, at sizes where torch takes over 1 ms.
         peer: torch's own op, for benchmarks, where the reference is a slower plain form of it.
         twice: the op can be differentiated twice.
+        random: it draws from torch's global generator; the reference draws the same from the same state.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Op:
     bench: Mapping[str, Callable[[Draw], Case]] | Callable[[Draw], Case] | None = None
     peer: Callable[..., Any] | None = None
     twice: bool = True
+    random: bool = False
     parsed: Shapes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -94,7 +94,9 @@ def target_of(
             "compile": True,
             "autocast": True,
         }
-        contract = replace(contract, **{k: v for k, v in claims.items() if getattr(contract, k) is None})
+        contract = replace(
+            contract, random=contract.random or fn.random, **{k: v for k, v in claims.items() if getattr(contract, k) is None}
+        )
         return Target(fn.name, fn.call, reference or fn.reference, FromOp(fn, seed, count), contract, fn.call)
     given = fn
     if isinstance(fn, type) and issubclass(fn, torch.autograd.Function):
