@@ -66,7 +66,7 @@ def folded(dy, pad, mode, n):
         if mode == "reflect":
             dx.narrow(dim, 1, lo).add_(before.flip(dim))
         elif mode == "replicate":
-            dx.narrow(dim, 0, 1).add_(before.sum(dim, keepdim=True))
+            dx.narrow(dim, 0, 1).add_(before if lo == 1 else before.sum(dim, keepdim=True))
         else:
             dx.narrow(dim, X - lo, lo).add_(before)
     if hi > 0:
@@ -74,7 +74,7 @@ def folded(dy, pad, mode, n):
         if mode == "reflect":
             dx.narrow(dim, X - 1 - hi, hi).add_(after.flip(dim))
         elif mode == "replicate":
-            dx.narrow(dim, X - 1, 1).add_(after.sum(dim, keepdim=True))
+            dx.narrow(dim, X - 1, 1).add_(after if hi == 1 else after.sum(dim, keepdim=True))
         else:
             dx.narrow(dim, 0, hi).add_(after)
     return dx
