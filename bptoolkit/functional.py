@@ -24,6 +24,12 @@ from bptoolkit.ops.conv_transpose import conv_transpose3d as conv_transpose3d
 from bptoolkit.ops.cross_entropy import cross_entropy as cross_entropy
 from bptoolkit.ops.fold import fold as fold
 from bptoolkit.ops.fold import unfold as unfold
+from bptoolkit.ops.dropout import alpha_dropout as alpha_dropout
+from bptoolkit.ops.dropout import dropout as dropout
+from bptoolkit.ops.dropout import dropout1d as dropout1d
+from bptoolkit.ops.dropout import dropout2d as dropout2d
+from bptoolkit.ops.dropout import dropout3d as dropout3d
+from bptoolkit.ops.dropout import feature_alpha_dropout as feature_alpha_dropout
 from bptoolkit.ops.gru import gru as gru
 from bptoolkit.ops.interpolate import interpolate as interpolate
 from bptoolkit.ops.layer_norm import layer_norm as layer_norm

@@ -23,6 +23,12 @@ from bptoolkit.ops.conv_transpose import ConvTranspose3d as ConvTranspose3d
 from bptoolkit.ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from bptoolkit.ops.fold import Fold as Fold
 from bptoolkit.ops.fold import Unfold as Unfold
+from bptoolkit.ops.dropout import AlphaDropout as AlphaDropout
+from bptoolkit.ops.dropout import Dropout as Dropout
+from bptoolkit.ops.dropout import Dropout1d as Dropout1d
+from bptoolkit.ops.dropout import Dropout2d as Dropout2d
+from bptoolkit.ops.dropout import Dropout3d as Dropout3d
+from bptoolkit.ops.dropout import FeatureAlphaDropout as FeatureAlphaDropout
 from bptoolkit.ops.gru import GRU as GRU
 from bptoolkit.ops.interpolate import Upsample as Upsample
 from bptoolkit.ops.interpolate import UpsamplingBilinear2d as UpsamplingBilinear2d

@@ -16,6 +16,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 @pytest.fixture
+def one_seed(request, monkeypatch):
+    """In tests of an op that draws random numbers, every call draws the same ones: also under vmap, and in compiled graphs."""
+    import torch
+
+    from bptoolkit import OPS, randomness
+
+    if OPS[request.node.callspec.params["name"]].random:
+        monkeypatch.setattr(
+            randomness, "draw_seed", lambda like: torch.arange(5, 7, dtype=torch.int32, device=like.device) * 0x1234567
+        )
+
+
+@pytest.fixture
 def ran(monkeypatch):
     """The names of the rules that the test ran, in order."""
     from bptoolkit.function import Rule

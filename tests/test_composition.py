@@ -17,6 +17,7 @@ from bptoolkit import OPS
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-8, atol=1e-9)
 close32 = functools.partial(torch.testing.assert_close, rtol=2e-4, atol=2e-5)
+pytestmark = pytest.mark.usefixtures("one_seed")
 each_op = pytest.mark.parametrize("name", NAMES)
 one_a_file = pytest.mark.parametrize("name", SOME)
 SEEDS = (0, 1, 2)

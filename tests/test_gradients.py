@@ -20,8 +20,9 @@ def test_short_search(name):
     judged = [p for p in PROPERTIES if p not in TOOLS]
     report = verify.assert_correct(OPS[name], quick=True, properties=judged, cases=6, budget=60)
     left_out = {p for p in judged if not report.calls[p]}
-    # one device; one output; one input
-    assert left_out <= {"devices", "some_outputs_unused", "grad_subsets"}, report.skipped
+    # one device; one output; one input; masks that vmap draws otherwise, and another dtype (test_composition fixes the seed)
+    drawn = {"vmap", "per_sample_gradients", "dtypes"} if OPS[name].random else set()
+    assert left_out <= {"devices", "some_outputs_unused", "grad_subsets"} | drawn, report.skipped
 
 
 @pytest.mark.skipif(not LONG, reason="minutes an op: make fuzz")

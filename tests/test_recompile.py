@@ -36,6 +36,11 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "pixel_unshuffle": lambda n, s: (r(20 + s, 3, 2 * n, 2 * n + 90), 2),
     "channel_shuffle": lambda n, s: (r(20 + s, 6, n), 2),
     "layer_norm": lambda n, s: (r(20 + s, n, 6), (6,), r(6), r(6)),
+    "dropout2d": lambda n, s: (r(20 + s, 3, n, n + 40),),
+    "dropout3d": lambda n, s: (r(20 + s, 3, n, n + 40, 19),),
+    "dropout1d": lambda n, s: (r(20 + s, 3, n),),
+    "alpha_dropout": lambda n, s: (r(20 + s, n), 0.5, True),
+    "feature_alpha_dropout": lambda n, s: (r(20 + s, 3, n), 0.5, True),
     "softmax": lambda n, s: (r(20 + s, n), -1),
     "log_softmax": lambda n, s: (r(20 + s, n), -1),
     "mse_loss": lambda n, s: (r(20 + s, n), r(20 + s, n)),
@@ -47,6 +52,7 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
 }
 
 
+@pytest.mark.usefixtures("one_seed")
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_sizes_and_lengths_do_not_recompile(name):
     if name == "multi_head_attention_forward":

@@ -29,6 +29,7 @@ NAMES = (
     "adaptive_pool",
     "lp_pool",
     "max_unpool",
+    "dropout",
 )
 
 OPS: dict[str, Op] = {op.name: op for name in NAMES for op in import_module(f"bptoolkit.ops.{name}").OPS}
