@@ -30,6 +30,8 @@ from bptoolkit.ops.dropout import dropout1d as dropout1d
 from bptoolkit.ops.dropout import dropout2d as dropout2d
 from bptoolkit.ops.dropout import dropout3d as dropout3d
 from bptoolkit.ops.dropout import feature_alpha_dropout as feature_alpha_dropout
+from bptoolkit.ops.embedding import embedding as embedding
+from bptoolkit.ops.embedding_bag import embedding_bag as embedding_bag
 from bptoolkit.ops.gru import gru as gru
 from bptoolkit.ops.interpolate import interpolate as interpolate
 from bptoolkit.ops.layer_norm import layer_norm as layer_norm

@@ -29,6 +29,8 @@ from bptoolkit.ops.dropout import Dropout1d as Dropout1d
 from bptoolkit.ops.dropout import Dropout2d as Dropout2d
 from bptoolkit.ops.dropout import Dropout3d as Dropout3d
 from bptoolkit.ops.dropout import FeatureAlphaDropout as FeatureAlphaDropout
+from bptoolkit.ops.embedding import Embedding as Embedding
+from bptoolkit.ops.embedding_bag import EmbeddingBag as EmbeddingBag
 from bptoolkit.ops.gru import GRU as GRU
 from bptoolkit.ops.interpolate import Upsample as Upsample
 from bptoolkit.ops.interpolate import UpsamplingBilinear2d as UpsamplingBilinear2d

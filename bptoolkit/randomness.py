@@ -21,7 +21,7 @@ from torch import Tensor
 from bptoolkit.function import unwatched
 
 G, A, B, C = 0x9E3779B9, 0xED5AD4BB, 0xAC4C1B51, 0x31848BAB
-BLOCK = 1 << 17  # elements: the block, its hash and a temporary fit the cache
+BLOCK = 1 << 18  # elements: the block, its hash and a temporary fit the cache
 
 
 def draw_seed(like: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ NAMES = (
     "lp_pool",
     "max_unpool",
     "dropout",
+    "embedding",
+    "embedding_bag",
 )
 
 OPS: dict[str, Op] = {op.name: op for name in NAMES for op in import_module(f"bptoolkit.ops.{name}").OPS}
