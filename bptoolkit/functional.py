@@ -15,6 +15,7 @@ from bptoolkit.ops.attention import scaled_dot_product_attention as scaled_dot_p
 from bptoolkit.ops.avg_pool import avg_pool1d as avg_pool1d
 from bptoolkit.ops.avg_pool import avg_pool2d as avg_pool2d
 from bptoolkit.ops.avg_pool import avg_pool3d as avg_pool3d
+from bptoolkit.ops.bilinear import bilinear as bilinear
 from bptoolkit.ops.conv import conv1d as conv1d
 from bptoolkit.ops.conv import conv2d as conv2d
 from bptoolkit.ops.conv import conv3d as conv3d
@@ -53,5 +54,12 @@ from bptoolkit.ops.pixel_shuffle import channel_shuffle as channel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_shuffle as pixel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_unshuffle as pixel_unshuffle
 from bptoolkit.ops.rnn import rnn as rnn
+from bptoolkit.ops.rotary import alibi_bias as alibi_bias
+from bptoolkit.ops.rotary import alibi_slopes as alibi_slopes
+from bptoolkit.ops.rotary import apply_rotary as apply_rotary
+from bptoolkit.ops.rotary import rotary_angles as rotary_angles
+from bptoolkit.ops.rotary import rotary_embedding as rotary_embedding
+from bptoolkit.ops.similarity import cosine_similarity as cosine_similarity
+from bptoolkit.ops.similarity import pairwise_distance as pairwise_distance
 from bptoolkit.ops.softmax import log_softmax as log_softmax
 from bptoolkit.ops.softmax import softmax as softmax

@@ -14,6 +14,7 @@ from bptoolkit.ops.adaptive_pool import AdaptiveMaxPool3d as AdaptiveMaxPool3d
 from bptoolkit.ops.avg_pool import AvgPool1d as AvgPool1d
 from bptoolkit.ops.avg_pool import AvgPool2d as AvgPool2d
 from bptoolkit.ops.avg_pool import AvgPool3d as AvgPool3d
+from bptoolkit.ops.bilinear import Bilinear as Bilinear
 from bptoolkit.ops.conv import Conv1d as Conv1d
 from bptoolkit.ops.conv import Conv2d as Conv2d
 from bptoolkit.ops.conv import Conv3d as Conv3d
@@ -68,5 +69,7 @@ from bptoolkit.ops.pixel_shuffle import ChannelShuffle as ChannelShuffle
 from bptoolkit.ops.pixel_shuffle import PixelShuffle as PixelShuffle
 from bptoolkit.ops.pixel_shuffle import PixelUnshuffle as PixelUnshuffle
 from bptoolkit.ops.rnn import RNN as RNN
+from bptoolkit.ops.similarity import CosineSimilarity as CosineSimilarity
+from bptoolkit.ops.similarity import PairwiseDistance as PairwiseDistance
 from bptoolkit.ops.softmax import LogSoftmax as LogSoftmax
 from bptoolkit.ops.softmax import Softmax as Softmax

@@ -32,6 +32,9 @@ NAMES = (
     "dropout",
     "embedding",
     "embedding_bag",
+    "bilinear",
+    "similarity",
+    "rotary",
 )
 
 OPS: dict[str, Op] = {op.name: op for name in NAMES for op in import_module(f"bptoolkit.ops.{name}").OPS}

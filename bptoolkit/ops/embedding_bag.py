@@ -41,7 +41,7 @@ def counting(i, padding, like):
 
 
 def forward(w, s, i, o, mode, padding, by_freq, sparse, V):
-    args = (w, i, o, False, MODES.index(mode), False, s, False, -1 if padding is None else padding)
+    args = (w, i, o, False, MODES.index(mode), False, s, False, padding)
     y, _, _, m = torch._VF.embedding_bag(*args)
     if mode != "max":
         m = i.new_empty(0)
