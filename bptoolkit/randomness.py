@@ -2,9 +2,10 @@
 
 The bits of element i are a hash of i and the seed, in plain integer arithmetic: the same on every device, in every block, in a
 compiled graph and under vmap, and nothing but the seed's 8 bytes lies between forward and backward. The seed itself comes from
-torch's global generator of the tensor's device, so `torch.manual_seed`, `fork_rng`, checkpointing and vmap's `randomness=` govern it.
+torch's global generator of the tensor's device; `torch.manual_seed`, `fork_rng`, checkpointing and vmap's `randomness=` govern
+it.
 
-    h = G i + k₀,  h ⊕= h ≫ 17,  h = A h ⊕ k₁,  h ⊕= h ≫ 11,  h = B h,  h ⊕= h ≫ 15,  h = C h      (mod 2³², ≫ logical)
+    h = G i + k₀,  h ⊕= h ≫ 17,  h = A h ⊕ k₁,  h ⊕= h ≫ 11,  h = B h,  h ⊕= h ≫ 15,  h = C h    (mod 2³², ≫ logical)
 
 A, B, C and the shifts are those of Wellons' `triple32`, an integer hash of low avalanche bias; G is 2³² / golden ratio (Weyl
 sequence); k₀ and k₁ are the seed. Counter-based generators: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
@@ -37,7 +38,7 @@ def keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
         shape: of the mask.
         p: the probability of False; exact to 2⁻³², and where it is 0 or 1.
     """
-    n = prod(shape)
+    n, p = prod(shape), float(p)
     if p == 0 or p == 1:
         return torch.full(tuple(shape), p == 0, device=seed.device)
     if seed.device.type == "cpu" and unwatched(seed):

@@ -12,6 +12,9 @@ Source    Tenenbaum & Freeman, "Separating style and content with bilinear model
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +26,7 @@ from bptoolkit.op import Op
 
 def rows(t):
     """M, N: the leading dimensions as one; not reshape(-1, N), which is ambiguous when N is 0."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t.reshape(prod(t.shape[:-1]), t.shape[-1])
 
 
 def outer(a, b):
@@ -34,7 +37,7 @@ def outer(a, b):
 def forward(x1, x2, W, b):
     O, I, J = W.shape
     r1, r2 = rows(x1), rows(x2)
-    t = (r1 @ W.transpose(0, 1).reshape(I, O * J)).reshape(len(r1), O, J)  # M O J
+    t = (r1 @ W.transpose(0, 1).reshape(I, O * J)).reshape(r1.shape[0], O, J)  # M O J
     y = torch.bmm(t, r2.unsqueeze(2)).squeeze(2)  # M O
     y = y if b is None else y + b
     return y.reshape(*x1.shape[:-1], O)
@@ -90,7 +93,7 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     return RULE(*args, backend=OP.pick(RULE, backend, *args))
 
 
-def promoted(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def promoted(*tensors: Any) -> tuple[Any, ...]:
     """Under CUDA's autocast: all of the widest dtype among them, as torch has it for this op."""
     first = tensors[0]
     if not (torch._C._is_any_autocast_enabled() and isinstance(first, Tensor) and first.is_cuda):

@@ -127,12 +127,17 @@ def check_table(op: str, i: Any, w: Any) -> None:
         raise ValueError(f"{op}: weight has shape {tuple(w.shape)}; it needs (V E)")
     if i.device != w.device:
         raise ValueError(f"{op}: weight is on {w.device} but input is on {i.device}; they must be on one device")
-    if type(i) is not Tensor or i.device.type != "cpu" or torch.compiler.is_compiling() or _transforms_active():
-        return
-    if not torch._C._len_torch_dispatch_stack() and i.numel():
+    if readable(i):
         low, high = (int(v) for v in torch.aminmax(i))
         if low < 0 or high >= w.shape[0]:
             raise IndexError(f"{op}: input holds {low if low < 0 else high}, which is no row of weight {tuple(w.shape)}")
+
+
+def readable(i: Tensor) -> bool:
+    """Whether there are values that can be looked at: on the CPU, where nothing transforms or traces."""
+    if torch.compiler.is_compiling() or type(i) is not Tensor or i.device.type != "cpu" or i.numel() == 0:
+        return False
+    return not _transforms_active() and not torch._C._len_torch_dispatch_stack()
 
 
 def row_of(op: str, padding_idx: int | None, w: Tensor) -> int | None:
@@ -175,9 +180,7 @@ class Embedding(nn.Embedding):
         )
 
 
-def reference(
-    input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
-):
+def reference(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     """In plain torch: second derivatives of torch's own are not those of its first where it scales by frequency."""
     i, V = input.reshape(-1).long(), weight.shape[0]
     onehot = (i.unsqueeze(1) == torch.arange(V, device=i.device)).to(weight.dtype)  # N V

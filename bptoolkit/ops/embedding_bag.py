@@ -13,6 +13,7 @@ Source    Joulin et al., "Bag of tricks for efficient text classification", 2017
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule, _transforms_active
 from bptoolkit.op import Op
-from bptoolkit.ops.embedding import check_sparse, check_table, renorm, row_of, scatter, scatter_sparse, sum_by
+from bptoolkit.ops.embedding import check_sparse, check_table, readable, renorm, row_of, scatter, scatter_sparse, sum_by
 from bptoolkit.precision import wide
 from bptoolkit.shapes import check_alike, check_floating
 
@@ -31,7 +32,7 @@ MODES = ("sum", "mean", "max")
 
 def bag_of(i, o):
     """The bag of each index: N. An offset that is repeated is an empty bag, which the last one of them follows."""
-    n = torch.arange(len(i), dtype=o.dtype, device=o.device)
+    n = torch.arange(i.shape[0], dtype=o.dtype, device=o.device)
     return torch.searchsorted(o.contiguous(), n, right=True) - 1
 
 
@@ -53,7 +54,7 @@ def backward(dy, dm, w, s, i, o, m, mode, padding, by_freq, sparse, V, need):
     dw = ds = None
     if mode == "max":
         b = bag_of(i, o)
-        filled = sum_by(b, counting(i, padding, wide(dy)), len(o)) > 0  # B: an empty bag has no maximum
+        filled = sum_by(b, counting(i, padding, wide(dy)), o.shape[0]) > 0  # B: an empty bag has no maximum
         at = torch.where(filled.unsqueeze(1), m.long(), 0) * E + torch.arange(E, device=i.device)  # B E
         d = torch.where(filled.unsqueeze(1), wide(dy), 0)
         dw = sum_by(at.reshape(-1), d.reshape(-1), V * E).reshape(V, E).to(dy.dtype)
@@ -64,7 +65,7 @@ def backward(dy, dm, w, s, i, o, m, mode, padding, by_freq, sparse, V, need):
         ds = ((rows * wide(w)[i]).sum(1) * counting(i, padding, rows)).to(s.dtype)
     if need.w:
         if mode == "mean":
-            counts = sum_by(b, counting(i, padding, rows), len(o))  # B
+            counts = sum_by(b, counting(i, padding, rows), o.shape[0])  # B
             rows = rows / counts.clamp_min(1)[b].unsqueeze(1)
         if s is not None:
             rows = rows * wide(s).unsqueeze(1)
@@ -167,11 +168,10 @@ def _bags(i: Tensor, offsets: Any, include_last: bool) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{name}: offsets has shape {tuple(offsets.shape)}; it needs (B), or (B + 1) with the last one")
     if offsets.device != i.device:
         raise ValueError(f"{name}: offsets is on {offsets.device} but input is on {i.device}; they must be on one device")
-    if len(offsets) and offsets.is_cpu and type(offsets) is Tensor and not torch.compiler.is_compiling():
-        if not _transforms_active() and not torch._C._len_torch_dispatch_stack():
-            first, last, rising = int(offsets[0]), int(offsets[-1]), bool((offsets.diff() >= 0).all())
-            if first != 0 or last > len(i) or not rising:
-                raise ValueError(f"{name}: offsets runs from {first} to {last}; it must rise from 0 to at most N={len(i)}")
+    if readable(offsets):
+        first, last, rising = int(offsets[0]), int(offsets[-1]), bool((offsets.diff() >= 0).all())
+        if first != 0 or last > len(i) or not rising:
+            raise ValueError(f"{name}: offsets runs from {first} to {last}; it must rise from 0 to at most N={len(i)}")
     o = offsets[:-1] if include_last else offsets
     wide_type = torch.promote_types(i.dtype, o.dtype)
     return i.to(wide_type), o.to(wide_type)
@@ -226,7 +226,7 @@ def reference(
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.reshape(-1, 1)
     out = []
-    for a, b in zip(bounds[:-1], bounds[1:]):
+    for a, b in pairwise(bounds):
         at = [k for k in range(a, b) if padding_idx is None or int(flat[k]) != padding_idx % V]
         bag = rows[at]
         if not at:

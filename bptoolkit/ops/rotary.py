@@ -129,9 +129,7 @@ def rotary_angles(
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-def alibi_slopes(
-    heads: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> Tensor:
+def alibi_slopes(heads: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
     """ALiBi's slope of each head: 2^(−8/n), 2^(−16/n) … for n heads, a power of two.
 
     Otherwise those of the next smaller power of two, and then every other one of the next larger, as the authors do.
