@@ -16,6 +16,7 @@ from bptoolkit.ops.avg_pool import avg_pool1d as avg_pool1d
 from bptoolkit.ops.avg_pool import avg_pool2d as avg_pool2d
 from bptoolkit.ops.avg_pool import avg_pool3d as avg_pool3d
 from bptoolkit.ops.bilinear import bilinear as bilinear
+from bptoolkit.ops.batch_norm import batch_norm as batch_norm
 from bptoolkit.ops.conv import conv1d as conv1d
 from bptoolkit.ops.conv import conv2d as conv2d
 from bptoolkit.ops.conv import conv3d as conv3d
@@ -35,6 +36,9 @@ from bptoolkit.ops.embedding import embedding as embedding
 from bptoolkit.ops.embedding_bag import embedding_bag as embedding_bag
 from bptoolkit.ops.gru import gru as gru
 from bptoolkit.ops.interpolate import interpolate as interpolate
+from bptoolkit.ops.group_norm import group_norm as group_norm
+from bptoolkit.ops.gru import gru as gru
+from bptoolkit.ops.instance_norm import instance_norm as instance_norm
 from bptoolkit.ops.layer_norm import layer_norm as layer_norm
 from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.lp_pool import lp_pool1d as lp_pool1d

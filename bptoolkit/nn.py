@@ -15,6 +15,9 @@ from bptoolkit.ops.avg_pool import AvgPool1d as AvgPool1d
 from bptoolkit.ops.avg_pool import AvgPool2d as AvgPool2d
 from bptoolkit.ops.avg_pool import AvgPool3d as AvgPool3d
 from bptoolkit.ops.bilinear import Bilinear as Bilinear
+from bptoolkit.ops.batch_norm import BatchNorm1d as BatchNorm1d
+from bptoolkit.ops.batch_norm import BatchNorm2d as BatchNorm2d
+from bptoolkit.ops.batch_norm import BatchNorm3d as BatchNorm3d
 from bptoolkit.ops.conv import Conv1d as Conv1d
 from bptoolkit.ops.conv import Conv2d as Conv2d
 from bptoolkit.ops.conv import Conv3d as Conv3d
@@ -36,6 +39,11 @@ from bptoolkit.ops.gru import GRU as GRU
 from bptoolkit.ops.interpolate import Upsample as Upsample
 from bptoolkit.ops.interpolate import UpsamplingBilinear2d as UpsamplingBilinear2d
 from bptoolkit.ops.interpolate import UpsamplingNearest2d as UpsamplingNearest2d
+from bptoolkit.ops.group_norm import GroupNorm as GroupNorm
+from bptoolkit.ops.gru import GRU as GRU
+from bptoolkit.ops.instance_norm import InstanceNorm1d as InstanceNorm1d
+from bptoolkit.ops.instance_norm import InstanceNorm2d as InstanceNorm2d
+from bptoolkit.ops.instance_norm import InstanceNorm3d as InstanceNorm3d
 from bptoolkit.ops.layer_norm import LayerNorm as LayerNorm
 from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.lp_pool import LPPool1d as LPPool1d
