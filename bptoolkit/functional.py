@@ -11,6 +11,8 @@ from bptoolkit.ops.adaptive_pool import adaptive_avg_pool3d as adaptive_avg_pool
 from bptoolkit.ops.adaptive_pool import adaptive_max_pool1d as adaptive_max_pool1d
 from bptoolkit.ops.adaptive_pool import adaptive_max_pool2d as adaptive_max_pool2d
 from bptoolkit.ops.adaptive_pool import adaptive_max_pool3d as adaptive_max_pool3d
+from bptoolkit.ops.add_norm import add_layer_norm as add_layer_norm
+from bptoolkit.ops.add_norm import add_rms_norm as add_rms_norm
 from bptoolkit.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from bptoolkit.ops.avg_pool import avg_pool1d as avg_pool1d
 from bptoolkit.ops.avg_pool import avg_pool2d as avg_pool2d
@@ -57,6 +59,7 @@ from bptoolkit.ops.pad import pad as pad
 from bptoolkit.ops.pixel_shuffle import channel_shuffle as channel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_shuffle as pixel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_unshuffle as pixel_unshuffle
+from bptoolkit.ops.rms_norm import rms_norm as rms_norm
 from bptoolkit.ops.rnn import rnn as rnn
 from bptoolkit.ops.rotary import alibi_bias as alibi_bias
 from bptoolkit.ops.rotary import alibi_slopes as alibi_slopes

@@ -20,6 +20,8 @@ NAMES = (
     "batch_norm",
     "group_norm",
     "instance_norm",
+    "rms_norm",
+    "add_norm",
     "mse_loss",
     "cross_entropy",
     "attention",

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bptoolkit.blocks import by_rows
+from bptoolkit.blocks import BLOCK
+from bptoolkit.function import unwatched
 from bptoolkit.precision import wide
 from bptoolkit.shapes import check_floating
 
@@ -68,16 +69,13 @@ def backward(dy, dm, dr, x, w, b, m, r, pool, given, need):
         dw = (rc * s2).sum(0).to(w.dtype)  # C
     if not need.x:
         return dx, dw, db
-    a = (v * rc).expand(N, C)  # N C
-    if given:
-        dx = by_rows(lambda dy, a: (wide(dy) * a.reshape(*a.shape, *I)).to(dy.dtype), dy, a) if dy is not None else None
-        return dx, dw, db
-    if dy is not None:
-        dm = plus(dm, -r * pool.sum(v * s1))
-        dr = plus(dr, pool.sum(v * s2))
-    e, f = (None if t is None else pool.spread(t).expand(N, C) for t in (scaled(dm, 1 / M), scaled(dr, -(r**3) / M)))
-    dx = by_rows(lambda x, *rest: combine(x, *rest, I), x, dy, mc, a, e, f)
-    return dx, dw, db
+    a, e, f = (v * rc).expand(N, C), None, None  # N C
+    if not given:
+        if dy is not None:
+            dm = plus(dm, -r * pool.sum(v * s1))
+            dr = plus(dr, pool.sum(v * s2))
+        e, f = (None if t is None else pool.spread(t).expand(N, C) for t in (scaled(dm, 1 / M), scaled(dr, -(r**3) / M)))
+    return combined(dy, x, mc, a, e, f), dw, db
 
 
 def plus(t, u):
@@ -92,25 +90,49 @@ def sums(dy, x, mc):
     """Σᵢ dy and Σᵢ dy (x − m), each N C."""
     if x.dim() == 2:  # one element in each: the sums are the elements
         return wide(dy), wide(dy) * (wide(x) - mc)
-    inner, I = tuple(range(2, x.dim())), (1,) * (x.dim() - 2)
+    inner = tuple(range(2, x.dim()))
+    if not (x.is_cpu and x.numel() and unwatched(dy, x, mc)):
+        return wide(dy).sum(inner), (wide(dy) * (wide(x) - over(mc, x))).sum(inner)
+    s1, s2, t_ = mc.new_empty(mc.shape), mc.new_empty(mc.shape), None
+    for xk, dyk, mk, s1k, s2k in blocks(x, dy, over(mc, x), s1, s2):
+        t_ = torch.empty_like(xk, dtype=mc.dtype) if t_ is None or t_.shape != xk.shape else t_
+        dyk = wide(dyk)
+        torch.sum(dyk, inner, out=s1k)
+        torch.sum(torch.sub(xk, mk, out=t_).mul_(dyk), inner, out=s2k)
+    return s1, s2
 
-    def of_rows(x, dy, mc):
-        dy, t = wide(dy), wide(x) - mc.reshape(*mc.shape, *I)
-        return torch.stack([dy.sum(inner), (dy * t).sum(inner)], -1)
 
-    both = by_rows(of_rows, x, dy, mc)
-    return both[..., 0], both[..., 1]
+def combined(dy, x, mc, a, e, f):
+    """A dy + e + f (x − m), in x's shape and dtype; without dy, e or f if it is None."""
+    mc, a, e, f = (t if t is None else over(t, x) for t in (mc, a, e, f))
+    if dy is None or not (x.is_cpu and x.numel() and unwatched(dy, x, mc, a, e, f)):
+        dx = 0 if dy is None else wide(dy) * a
+        dx = dx if e is None else dx + e
+        dx = dx if f is None else dx + (wide(x) - mc) * f
+        return dx.expand(x.shape).to(x.dtype) if isinstance(dx, Tensor) else None
+    dx, t_ = torch.empty_like(x), None
+    if e is None:
+        for xk, dyk, ak in blocks(dx, dy, a):
+            torch.mul(dyk, ak, out=xk) if dyk.dtype == ak.dtype else xk.copy_(wide(dyk) * ak)
+        return dx
+    for dxk, xk, dyk, mk, ak, ek, fk in blocks(dx, x, dy, mc, a, e, f):
+        t_ = dxk if dx.dtype == mc.dtype else torch.empty_like(xk, dtype=mc.dtype) if t_ is None or len(t_) != len(xk) else t_
+        torch.sub(xk, mk, out=t_).mul_(fk).add_(ek).addcmul_(wide(dyk), ak)
+        if t_ is not dxk:
+            dxk.copy_(t_)
+    return dx
 
 
-def combine(x, dy, mc, a, e, f, I):
-    """A dy + e + f (x − m)."""
-    mc, a, e, f = (t if t is None else t.reshape(*t.shape, *I) for t in (mc, a, e, f))
-    dx = None if dy is None else wide(dy) * a
-    dx = e if dx is None else dx if e is None else dx + e
-    if f is not None:
-        t = wide(x) - mc
-        dx = t * f if dx is None else torch.addcmul(dx, t, f)
-    return dx.expand(x.shape).to(x.dtype)
+def over(t, x):
+    """T of shape N C over the positions of x."""
+    return t.reshape(*t.shape, *(1,) * (x.dim() - 2))
+
+
+def blocks(x, *others):
+    """The tensors by blocks of samples, or of channels if there is one sample."""
+    d = 0 if len(x) > 1 else 1
+    size = max(1, BLOCK * x.shape[d] // x.numel())
+    return zip(*(t.split(size, d) for t in (x, *others)))
 
 
 def in_one_dtype(x: Tensor, *others: Tensor | None) -> bool:

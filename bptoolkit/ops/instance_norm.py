@@ -97,8 +97,8 @@ def run(module: nn.modules.instancenorm._InstanceNorm, input: Tensor, backend: s
                 f"expected input's size at dim={at} to match num_features ({module.num_features}), but got: {input.shape[at]}."
             )
         warnings.warn(
-            f"input's size at dim={at} does not match num_features. You can silence this warning by not passing in num_features, "
-            "which is not used because affine=False",
+            f"input's size at dim={at} does not match num_features. You can silence this warning by not passing in "
+            "num_features, which is not used because affine=False",
             stacklevel=3,
         )
     y = instance_norm(

@@ -145,34 +145,34 @@ def layer_norm(
         TypeError: a tensor is not of floating point, or the dtypes do not go together.
     """
     input, weight, bias = OP.cast(input, weight, bias)
-    D = _check(input, normalized_shape, weight, bias)
+    D = check_normalized("layer_norm", input, normalized_shape, weight, bias)
     args = (input, weight, bias, D, eps)
     return RULE(*args, backend=OP.pick(RULE, backend, *args))[0]
 
 
-def _check(x: Tensor, normalized_shape: Any, w: Tensor | None, b: Tensor | None) -> int:
-    """How many dimensions to normalize over."""
-    check_floating("layer_norm", "input", x)
+def check_normalized(op: str, x: Tensor, normalized_shape: Any, w: Tensor | None, b: Tensor | None = None) -> int:
+    """How many dimensions to normalize over; raises for arguments that are not right."""
+    check_floating(op, "input", x)
     if not isinstance(normalized_shape, (tuple, list)):
-        raise TypeError(f"layer_norm: normalized_shape must be a tuple or list of sizes, not {normalized_shape!r}")
+        raise TypeError(f"{op}: normalized_shape must be a tuple or list of sizes, not {normalized_shape!r}")
     shape = tuple(normalized_shape)
     D = len(shape)
     if not D:
-        raise ValueError("layer_norm: normalized_shape is (); it needs at least one size")
+        raise ValueError(f"{op}: normalized_shape is (); it needs at least one size")
     if x.dim() < D or tuple(x.shape[x.dim() - D :]) != shape:
-        raise ValueError(f"layer_norm: input has shape {tuple(x.shape)}; it needs (*, {', '.join(map(str, shape))})")
+        raise ValueError(f"{op}: input has shape {tuple(x.shape)}; it needs (*, {', '.join(map(str, shape))})")
     for name, t in (("weight", w), ("bias", b)):
         if t is None:
             continue
-        check_floating("layer_norm", name, t)
+        check_floating(op, name, t)
         if tuple(t.shape) != shape:
-            raise ValueError(f"layer_norm: {name} has shape {tuple(t.shape)} but normalized_shape is {shape}")
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)} but normalized_shape is {shape}")
         if t.device != x.device:
-            raise ValueError(f"layer_norm: {name} is on {t.device} but input is on {x.device}; they must be on one device")
+            raise ValueError(f"{op}: {name} is on {t.device} but input is on {x.device}; they must be on one device")
         if t.dtype != x.dtype and (x.dtype not in _HALF or t.dtype != torch.float32):
-            raise TypeError(f"layer_norm: {name} is {t.dtype} but input is {x.dtype}; it must be {_allowed(x.dtype)}")
+            raise TypeError(f"{op}: {name} is {t.dtype} but input is {x.dtype}; it must be {_allowed(x.dtype)}")
     if w is not None and b is not None and w.dtype != b.dtype:
-        raise TypeError(f"layer_norm: bias is {b.dtype} but weight is {w.dtype}; they must have one dtype")
+        raise TypeError(f"{op}: bias is {b.dtype} but weight is {w.dtype}; they must have one dtype")
     return D
 
 
