@@ -219,6 +219,27 @@ def _primal(t: torch.Tensor) -> torch.Tensor:
     return torch._VF._unpack_dual(t, level=0)[0]  # type: ignore[attr-defined]
 
 
+def batched_alike(outputs: Any, args: Any, constants: Any) -> tuple[torch.Tensor, ...]:
+    """All differentiable outputs batched by the innermost vmap, or none.
+
+    torch's vmap of a Function sums gradients over the batch, and with them the cotangent of an output that is not batched,
+    which has been summed already.
+    """
+    functorch = torch._C._functorch
+    batched = [a for a in args if isinstance(a, torch.Tensor) and functorch.is_batchedtensor(a)]
+    if not batched:
+        return tuple(outputs)
+    level = max(functorch.maybe_get_level(a) for a in batched)
+    value, dim = functorch._unwrap_batched(next(a for a in batched if functorch.maybe_get_level(a) == level), level)
+
+    def alike(o: torch.Tensor) -> torch.Tensor:
+        if functorch.is_batchedtensor(o) and functorch.maybe_get_level(o) == level:
+            return o
+        return functorch._add_batch_dim(o.expand(value.shape[dim], *o.shape), 0, level)  # type: ignore[arg-type]
+
+    return tuple(o if k in constants else alike(o) for k, o in enumerate(outputs))
+
+
 class _NoAutocast:
     """Run a rule as its tensors are; the public function has cast them already."""
 
@@ -259,8 +280,10 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
             run = (rule if backend == "eager" else kernel_of(backend, "forward")).forward
             if _autocast():
                 with _NoAutocast():
-                    return run(*args)
-            return run(*args)
+                    out = run(*args)
+            else:
+                out = run(*args)
+            return out if single or not _transforms_active() else batched_alike(out, args, constants)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -59,6 +59,9 @@ from bptoolkit.ops.pad import pad as pad
 from bptoolkit.ops.pixel_shuffle import channel_shuffle as channel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_shuffle as pixel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_unshuffle as pixel_unshuffle
+from bptoolkit.ops.normalize import local_response_norm as local_response_norm
+from bptoolkit.ops.normalize import normalize as normalize
+from bptoolkit.ops.normalize import weight_norm as weight_norm
 from bptoolkit.ops.rms_norm import rms_norm as rms_norm
 from bptoolkit.ops.rnn import rnn as rnn
 from bptoolkit.ops.rotary import alibi_bias as alibi_bias

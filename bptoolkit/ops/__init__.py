@@ -22,6 +22,7 @@ NAMES = (
     "instance_norm",
     "rms_norm",
     "add_norm",
+    "normalize",
     "mse_loss",
     "cross_entropy",
     "attention",

@@ -117,7 +117,8 @@ def add_rms_norm(
     """Root-mean-square normalization of input + residual, and that sum; arguments and errors as `add_layer_norm`."""
     D = check_normalized("add_rms_norm", input, normalized_shape, weight)
     check_residual("add_rms_norm", input, residual)
-    args = (input, residual, weight, D, rms_norm.epsilon(input, eps))
+    eps = rms_norm.epsilon(input, eps)
+    args = (input, residual, weight, D, eps)
     return RMS_RULE(*args, backend=RMS_OP.pick(RMS_RULE, backend, *args))[:2]
 
 

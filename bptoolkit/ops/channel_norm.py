@@ -1,12 +1,12 @@
-"""What batch, group and instance normalization share: the backward over channels, and the checks of their arguments.
+"""What batch, group and instance normalization share: the backward over channels, and checks of arguments.
 
-Maths     m = mean(x)        r = 1/√(mean((x − m)²) + eps)        y = (x − m) r w + b        the statistics over a pool of M elements
-          with t = x − m and, per channel, s₁ = Σᵢ dy, s₂ = Σᵢ dy t:
-          db = Σₙ s₁                    dw = Σₙ r s₂
-          dm' = dm − r Σ_pool w s₁      dr' = dr + Σ_pool w s₂        all that flows into m and r, but for m in r, which has no slope
+Maths     m = mean(x)    r = 1/√(mean((x − m)²) + eps)    y = (x − m) r w + b    with mean() over a pool of M elements
+          with t = x − m and, per sample and channel, s₁ = Σᵢ dy and s₂ = Σᵢ dy t:
+          db = Σₙ s₁                   dw = Σₙ r s₂
+          dm' = dm − r Σ_pool w s₁     dr' = dr + Σ_pool w s₂     all that flows into m and into r
           dx = r w dy + dm'/M − r³ dr' t/M
           with m and r given (evaluation): dx = r w dy
-Letters   x, y of shape N C *I; n over N samples, i over *I; w, b over C channels; m and r one per pool; dt is the gradient of the
+Letters   x, y of shape N C *I; n over N samples, i over *I; w, b of shape C; m and r one per pool; dt is the gradient of the
           loss by t, in t's shape
 Numerics  half inputs are normalized in float32, and m and r are float32
 """
@@ -61,7 +61,7 @@ def backward(dy, dm, dr, x, w, b, m, r, pool, given, need):
         db = dy.sum((0, *range(2, dy.dim())), dtype=b.dtype)  # C
     if not (need.x or need.w):
         return dx, dw, db
-    N, C, M, I = x.shape[0], x.shape[1], max(pool.M, 1), (1,) * (x.dim() - 2)
+    N, C, M = x.shape[0], x.shape[1], max(pool.M, 1)
     mc, rc = pool.spread(m).expand(N, C), pool.spread(r)  # N C, N|1 C
     v = 1 if w is None else w.to(r.dtype)
     s1, s2 = sums(dy, x, mc) if dy is not None and (need.w or not given) else (None, None)  # N C

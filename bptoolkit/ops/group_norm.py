@@ -3,9 +3,9 @@
 Maths     m = mean(x)    r = 1/√(mean((x − m)²) + eps)    x̂ = (x − m) r    y = x̂ w + b
           with g = dy w:    dx = r (g − mean(g) − x̂ mean(g x̂)) + dm/M − dr r² x̂/M
           dw = Σ dy x̂       db = Σ dy
-Letters   x, y of shape N C *I; mean() over one sample's C/G channels of a group and all positions, M elements; the sums of dw
-          and db over samples and positions; w, b of shape C; m and r residual outputs of shape N G, hidden by the public function;
-          dt is the gradient of the loss by t, in t's shape
+Letters   x, y of shape N C *I; mean() over one sample's C/G channels of a group and all positions, M elements; the sums over
+          samples and positions; w, b of shape C; m and r residual outputs of shape N G, hidden by the public function; dt is
+          the gradient of the loss by t, in t's shape
 Numerics  half inputs are normalized in float32, and m and r are float32; y has x's dtype
 Source    Wu & He, "Group Normalization", arXiv 1803.08494, eq. 1-7
 """
