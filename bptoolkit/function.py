@@ -231,6 +231,7 @@ def batched_alike(outputs: Any, args: Any, constants: Any) -> tuple[torch.Tensor
         return tuple(outputs)
     level = max(functorch.maybe_get_level(a) for a in batched)
     value, dim = functorch._unwrap_batched(next(a for a in batched if functorch.maybe_get_level(a) == level), level)
+    assert dim is not None
 
     def alike(o: torch.Tensor) -> torch.Tensor:
         if functorch.is_batchedtensor(o) and functorch.maybe_get_level(o) == level:

@@ -181,7 +181,7 @@ def case(draw: Draw) -> Case:
     if N * torch.Size(inner).numel() == 1:
         N += 1
     w, b = (draw.tensor(C) if draw.random.random() < 0.75 else None for _ in range(2))
-    running = draw.tensor(C, grad=False), draw.tensor(C, grad=False).abs() + 0.5
+    running: tuple[Tensor | None, ...] = draw.tensor(C, grad=False), draw.tensor(C, grad=False).abs() + 0.5
     training = draw.flag()
     if training:
         running = None, None  # their update, which has no gradient, is refused by torch's transforms

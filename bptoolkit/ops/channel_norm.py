@@ -116,7 +116,7 @@ def combined(dy, x, mc, a, e, f):
             torch.mul(dyk, ak, out=xk) if dyk.dtype == ak.dtype else xk.copy_(wide(dyk) * ak)
         return dx
     for dxk, xk, dyk, mk, ak, ek, fk in blocks(dx, x, dy, mc, a, e, f):
-        t_ = dxk if dx.dtype == mc.dtype else torch.empty_like(xk, dtype=mc.dtype) if t_ is None or len(t_) != len(xk) else t_
+        t_ = dxk if dx.dtype == mc.dtype else torch.empty_like(xk, dtype=mc.dtype) if t_ is None or t_.shape != xk.shape else t_
         torch.sub(xk, mk, out=t_).mul_(fk).add_(ek).addcmul_(wide(dyk), ak)
         if t_ is not dxk:
             dxk.copy_(t_)

@@ -58,7 +58,6 @@ def instance_norm(
     """
     check_input("instance_norm", input)
     N, C, *I = input.shape
-    running = running_mean, running_var
     check_per_channel("instance_norm", input, C, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     check_eps("instance_norm", eps, positive=use_input_stats)
     if (running_mean is None) != (running_var is None):
@@ -71,19 +70,32 @@ def instance_norm(
             f"instance_norm: input {tuple(input.shape)} has one position; use_input_stats=True needs more than one"
         )
     if not use_input_stats:
-        args = (input, weight, bias, running_mean, running_var, False, momentum, eps)
-        return batch_norm.RULE(*args, backend=OP.pick(batch_norm.RULE, backend, *args))[0]
-    if running_mean is None or not input.numel():
+        return _batch(input, running_mean, running_var, weight, bias, False, momentum, eps, backend)
+    if running_mean is None or running_var is None or not input.numel():
         args = (input, weight, bias, max(C, 1), eps)
         return group_norm.RULE(*args, backend=OP.pick(group_norm.RULE, backend, *args))[0]
-    mean, var = (t.repeat(N) for t in running)  # NC
+    mean, var = running_mean.repeat(N), running_var.repeat(N)  # NC
     w, b = (t if t is None else t.repeat(N) for t in (weight, bias))
-    args = (input.reshape(1, N * C, *I), w, b, mean, var, True, momentum, eps)
-    y = batch_norm.RULE(*args, backend=OP.pick(batch_norm.RULE, backend, *args))[0]
+    y = _batch(input.reshape(1, N * C, *I), mean, var, w, b, True, momentum, eps, backend)
     with torch.no_grad():
-        for t, new in zip(running, (mean, var)):
-            t.copy_(new.reshape(N, C).mean(0))
+        running_mean.copy_(mean.reshape(N, C).mean(0))
+        running_var.copy_(var.reshape(N, C).mean(0))
     return y.reshape(input.shape)
+
+
+def _batch(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    w: Tensor | None,
+    b: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    args = (x, w, b, mean, var, training, momentum, eps)
+    return batch_norm.RULE(*args, backend=OP.pick(batch_norm.RULE, backend, *args))[0]
 
 
 def run(module: nn.modules.instancenorm._InstanceNorm, input: Tensor, backend: str) -> Tensor:
@@ -171,7 +183,7 @@ def case(draw: Draw) -> Case:
         inner = (*inner[:-1], 2)
     w, b = (draw.tensor(C) if draw.random.random() < 0.75 else None for _ in range(2))
     options = {"use_input_stats": draw.random.random() < 0.75, "eps": draw.choice((1e-5, 0.1))}
-    running = draw.tensor(C, grad=False), draw.tensor(C, grad=False).abs() + 0.5
+    running: tuple[Tensor | None, ...] = draw.tensor(C, grad=False), draw.tensor(C, grad=False).abs() + 0.5
     if options["use_input_stats"]:
         running = None, None  # the update, which has no gradient, is refused by torch's transforms
     return Case((draw.tensor(N, C, *inner), *running, w, b), options)

@@ -8,9 +8,9 @@ Maths     normalize            n = ‖x‖ₚ    d = max(n, eps)    y = x / d
                                dg = Σ dw v / n    dn' = dn − g dg / n    dv = g dw / n + dn' v / n
           local_response_norm  s = k + (α/size) Σ_window x²    y = x s⁻ᵝ
                                ds' = ds − β dy y / s    dx = dy s⁻ᵝ + 2 α/size x Σ_window' ds'
-Letters   n and s residual outputs, hidden by the public functions; a norm runs over `dim` for normalize, over all dimensions but
-          `dim` for weight_norm; a window is `size` channels, size // 2 of them before; window' is its mirror image; dt is the
-          gradient of the loss by t, in t's shape
+Letters   n and s residual outputs, hidden by the public functions; a norm runs over `dim` for normalize, over all dimensions
+          but `dim` for weight_norm; a window is `size` channels, size // 2 of them before; window' is its mirror image; dt is
+          the gradient of the loss by t, in t's shape
 Numerics  half tensors are computed in float32; where torch's clamp is at its kink the gradient passes; ties of p = ±∞ share it
 Source    Salimans & Kingma, "Weight Normalization", arXiv 1602.07868, eq. 3; Krizhevsky et al. 2012, §3.3
 """
