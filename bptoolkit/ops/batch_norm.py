@@ -53,12 +53,9 @@ def normalized(x, w, b, mean, var, training, momentum, eps):
 
 
 def backward(dy, dm, dr, x, w, b, m, r, training, need):
-    flat = x is not None and x.dim() == 2 and dy is not None
-    if flat:  # N C as 1 C N: the samples are the positions
-        x, dy = x.mT[None], dy.mT[None]
     pool = channel_norm.Batch(x) if x is not None else None
     dx, dw, db = channel_norm.backward(dy, dm, dr, x, w, b, m, r, pool, not training, need)
-    return dx[0].mT if flat and dx is not None else dx, dw, db, None, None
+    return dx, dw, db, None, None
 
 
 RULE = Rule(

@@ -64,7 +64,7 @@ def backward(dy, dm, dr, x, w, b, m, r, pool, given, need):
     N, C, M = x.shape[0], x.shape[1], max(pool.M, 1)
     mc, rc = pool.spread(m).expand(N, C), pool.spread(r)  # N C, N|1 C
     v = 1 if w is None else w.to(r.dtype)
-    s1, s2 = sums(dy, x, mc) if dy is not None and (need.w or not given) else (None, None)  # N C
+    s1, s2 = sums(dy, x, mc, pool) if dy is not None and (need.w or not given) else (None, None)  # N C
     if s2 is not None and need.w:
         dw = (rc * s2).sum(0).to(w.dtype)  # C
     if not need.x:
@@ -86,19 +86,28 @@ def scaled(t, c):
     return None if t is None else t * c
 
 
-def sums(dy, x, mc):
-    """Σᵢ dy and Σᵢ dy (x − m), each N C."""
-    if x.dim() == 2:  # one element in each: the sums are the elements
+def sums(dy, x, mc, pool):
+    """Σᵢ dy and Σᵢ dy (x − m), each N C, or 1 C where the samples are one pool."""
+    plain = not (x.is_cpu and x.numel() and unwatched(dy, x, mc))
+    inner, over_samples = tuple(range(2, x.dim())), x.dim() == 2 and isinstance(pool, Batch)
+    if x.dim() == 2 and (plain or not over_samples):  # one position: the sums are the elements
         return wide(dy), wide(dy) * (wide(x) - mc)
-    inner = tuple(range(2, x.dim()))
-    if not (x.is_cpu and x.numel() and unwatched(dy, x, mc)):
+    if plain:
         return wide(dy).sum(inner), (wide(dy) * (wide(x) - over(mc, x))).sum(inner)
-    s1, s2, t_ = mc.new_empty(mc.shape), mc.new_empty(mc.shape), None
-    for xk, dyk, mk, s1k, s2k in blocks(x, dy, over(mc, x), s1, s2):
+    if over_samples:
+        s1, s2 = dy.sum(0, keepdim=True, dtype=mc.dtype), mc.new_zeros(1, mc.shape[1])
+    else:
+        s1, s2 = mc.new_empty(mc.shape), mc.new_empty(mc.shape)
+    t_ = None
+    for xk, dyk, mk, *sk in blocks(x, dy, over(mc, x), *(() if over_samples else (s1, s2))):
         t_ = torch.empty_like(xk, dtype=mc.dtype) if t_ is None or t_.shape != xk.shape else t_
         dyk = wide(dyk)
-        torch.sum(dyk, inner, out=s1k)
-        torch.sum(torch.sub(xk, mk, out=t_).mul_(dyk), inner, out=s2k)
+        torch.sub(xk, mk, out=t_).mul_(dyk)
+        if over_samples:
+            s2 += t_.sum(0)
+        else:
+            torch.sum(dyk, inner, out=sk[0])
+            torch.sum(t_, inner, out=sk[1])
     return s1, s2
 
 

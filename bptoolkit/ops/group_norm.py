@@ -106,7 +106,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def reference(input, num_groups, weight=None, bias=None, eps=1e-5):
-    """In plain torch: third derivatives of torch's own drop those of mean and rstd."""
+    """In plain torch."""
     N, C = input.shape[:2]
     x = wide(input).reshape(N, num_groups, C // num_groups * input.shape[2:].numel())
     x = x - x.mean(2, keepdim=True)

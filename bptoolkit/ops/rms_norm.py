@@ -32,7 +32,7 @@ _SMALL = 1 << 15  # elements, up to which the plain form is the faster one
 def forward(x, w, D, eps):
     M, N = rows(x, D)
     x2 = x.reshape(M, N)
-    r = (by_rows(lambda x: wide(x).square().sum(1, keepdim=True), x2) / max(N, 1) + eps).rsqrt()  # M 1
+    r = (by_rows(lambda x: wide(x).square().sum(1), x2)[:, None] / max(N, 1) + eps).rsqrt()  # M 1
     v = None if w is None else wide(w).reshape(1, N)
 
     def scaled(x, r):
