@@ -46,6 +46,11 @@ from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.lp_pool import lp_pool1d as lp_pool1d
 from bptoolkit.ops.lp_pool import lp_pool2d as lp_pool2d
 from bptoolkit.ops.lp_pool import lp_pool3d as lp_pool3d
+from bptoolkit.ops.loss_regression import gaussian_nll_loss as gaussian_nll_loss
+from bptoolkit.ops.loss_regression import huber_loss as huber_loss
+from bptoolkit.ops.loss_regression import l1_loss as l1_loss
+from bptoolkit.ops.loss_regression import poisson_nll_loss as poisson_nll_loss
+from bptoolkit.ops.loss_regression import smooth_l1_loss as smooth_l1_loss
 from bptoolkit.ops.lstm import lstm as lstm
 from bptoolkit.ops.max_pool import max_pool1d as max_pool1d
 from bptoolkit.ops.max_pool import max_pool2d as max_pool2d

@@ -49,6 +49,11 @@ from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.lp_pool import LPPool1d as LPPool1d
 from bptoolkit.ops.lp_pool import LPPool2d as LPPool2d
 from bptoolkit.ops.lp_pool import LPPool3d as LPPool3d
+from bptoolkit.ops.loss_regression import GaussianNLLLoss as GaussianNLLLoss
+from bptoolkit.ops.loss_regression import HuberLoss as HuberLoss
+from bptoolkit.ops.loss_regression import L1Loss as L1Loss
+from bptoolkit.ops.loss_regression import PoissonNLLLoss as PoissonNLLLoss
+from bptoolkit.ops.loss_regression import SmoothL1Loss as SmoothL1Loss
 from bptoolkit.ops.lstm import LSTM as LSTM
 from bptoolkit.ops.max_pool import MaxPool1d as MaxPool1d
 from bptoolkit.ops.max_pool import MaxPool2d as MaxPool2d

@@ -25,6 +25,7 @@ NAMES = (
     "normalize",
     "mse_loss",
     "cross_entropy",
+    "loss_regression",
     "attention",
     "multihead_attention",
     "lstm",

@@ -19,20 +19,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import _reduction as _Reduction
 from torch.nn import functional as F
 
 from bptoolkit.blocks import by_rows
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import FLOAT32, Op
-from bptoolkit.ops.mse_loss import REDUCTIONS, check_reduction
+from bptoolkit.ops.reduction import REDUCTIONS, reduce, resolve
 from bptoolkit.precision import wide
 from bptoolkit.shapes import check_alike, check_floating
-
-
-def reduce(l, W, reduction):
-    return l if reduction == "none" else l.sum() if reduction == "sum" else l.sum() / W
 
 
 def cotangent(dl, shape, W, reduction):
@@ -180,9 +175,7 @@ def cross_entropy(
             outside [0, 1], an ignore_index with probabilities, no classes, or a reduction that does not exist.
         TypeError: a target that is neither int64, uint8 nor of input's dtype, or tensors of several dtypes.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    check_reduction("cross_entropy", reduction)
+    reduction = resolve("cross_entropy", reduction, size_average, reduce)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing={label_smoothing} is outside [0, 1]")
     input, target, weight = OP.cast(input, target, weight)

@@ -12,18 +12,14 @@ Source    Gauss, "Theoria combinationis observationum", 1821; the derivative is 
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
-from torch.nn import _reduction as _Reduction
 from torch.nn import functional as F
 
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule, unwatched
 from bptoolkit.op import FLOAT32, Op
-
-REDUCTIONS = ("none", "mean", "sum")
+from bptoolkit.ops.reduction import REDUCTIONS, broadcast, resolve
 
 
 def forward(x, t, w, reduction):
@@ -49,12 +45,6 @@ def backward(dy, x, t, w, reduction, need):
 
 
 RULE = Rule("mse_loss", forward, backward, inputs="x t w", outputs="y")
-
-
-def check_reduction(op: str, reduction: str) -> None:
-    """Raise ValueError for a reduction that does not exist."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction={reduction!r} is not known; choose from {', '.join(map(repr, REDUCTIONS))}")
 
 
 def mse_loss(
@@ -85,27 +75,13 @@ def mse_loss(
         ValueError: shapes that cannot be broadcast, a weight of another shape, or a reduction that does not exist.
         TypeError: the tensors are not of one floating-point dtype.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    check_reduction("mse_loss", reduction)
+    reduction = resolve("mse_loss", reduction, size_average, reduce)
     if weight is None or not weight.is_cpu:  # the CPU's autocast leaves the weighted form alone, as it is not one op in torch
         input, target, weight = OP.cast(input, target, weight)
     OP.check(input, target, weight)
     if weight is not None and weight.shape != input.shape:
         raise ValueError(f"mse_loss: weight has shape {tuple(weight.shape)} but input {tuple(input.shape)}; they must be equal")
-    if input.shape != target.shape:
-        try:
-            shape = torch.broadcast_shapes(input.shape, target.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"mse_loss: target has shape {tuple(target.shape)}, which cannot be broadcast with input {tuple(input.shape)}"
-            ) from None
-        warnings.warn(
-            f"mse_loss: target {tuple(target.shape)} and input {tuple(input.shape)} differ in shape and are broadcast; "
-            "this is rarely what is wanted",
-            stacklevel=2,
-        )
-        input, target = input.expand(shape), target.expand(shape)
+    input, target = broadcast("mse_loss", input, target)
     return RULE(input, target, weight, reduction, backend=OP.pick(RULE, backend, input, target, weight))
 
 
