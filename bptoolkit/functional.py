@@ -46,6 +46,10 @@ from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.lp_pool import lp_pool1d as lp_pool1d
 from bptoolkit.ops.lp_pool import lp_pool2d as lp_pool2d
 from bptoolkit.ops.lp_pool import lp_pool3d as lp_pool3d
+from bptoolkit.ops.loss_probability import binary_cross_entropy as binary_cross_entropy
+from bptoolkit.ops.loss_probability import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from bptoolkit.ops.loss_probability import kl_div as kl_div
+from bptoolkit.ops.loss_probability import nll_loss as nll_loss
 from bptoolkit.ops.loss_regression import gaussian_nll_loss as gaussian_nll_loss
 from bptoolkit.ops.loss_regression import huber_loss as huber_loss
 from bptoolkit.ops.loss_regression import l1_loss as l1_loss

@@ -49,6 +49,10 @@ from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.lp_pool import LPPool1d as LPPool1d
 from bptoolkit.ops.lp_pool import LPPool2d as LPPool2d
 from bptoolkit.ops.lp_pool import LPPool3d as LPPool3d
+from bptoolkit.ops.loss_probability import BCELoss as BCELoss
+from bptoolkit.ops.loss_probability import BCEWithLogitsLoss as BCEWithLogitsLoss
+from bptoolkit.ops.loss_probability import KLDivLoss as KLDivLoss
+from bptoolkit.ops.loss_probability import NLLLoss as NLLLoss
 from bptoolkit.ops.loss_regression import GaussianNLLLoss as GaussianNLLLoss
 from bptoolkit.ops.loss_regression import HuberLoss as HuberLoss
 from bptoolkit.ops.loss_regression import L1Loss as L1Loss

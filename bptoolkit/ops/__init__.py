@@ -26,6 +26,7 @@ NAMES = (
     "mse_loss",
     "cross_entropy",
     "loss_regression",
+    "loss_probability",
     "attention",
     "multihead_attention",
     "lstm",

@@ -179,7 +179,7 @@ def cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing={label_smoothing} is outside [0, 1]")
     input, target, weight = OP.cast(input, target, weight)
-    indices = _check(input, target, weight, ignore_index)
+    indices = check_classes("cross_entropy", input, target, weight, ignore_index)
     if indices and target.dtype == torch.uint8:
         target = target.long()
     x, t = (input.unsqueeze(0), target.unsqueeze(0)) if input.dim() == 1 else (input, target)
@@ -190,50 +190,45 @@ def cross_entropy(
     return l.squeeze(0) if reduction == "none" and input.dim() == 1 else l
 
 
-def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
+def check_classes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
     """Raise for arguments that disagree; whether the target is of class indices."""
-    check_floating("cross_entropy", "input", input)
+    check_floating(op, "input", input)
     if input.dim() == 0:
-        raise ValueError("cross_entropy: input has no dimensions; it needs (C), (N C) or (N C *D)")
+        raise ValueError(f"{op}: input has no dimensions; it needs (C), (N C) or (N C *D)")
     C = input.shape[0 if input.dim() == 1 else 1]
     if C == 0:
-        raise ValueError(f"cross_entropy: input has shape {tuple(input.shape)}, which has no classes")
+        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, which has no classes")
     if not isinstance(target, Tensor):
-        raise TypeError(f"cross_entropy: target must be a tensor, not {type(target).__name__}")
+        raise TypeError(f"{op}: target must be a tensor, not {type(target).__name__}")
     if target.device != input.device:
-        raise ValueError(f"cross_entropy: target is on {target.device} but input is on {input.device}")
+        raise ValueError(f"{op}: target is on {target.device} but input is on {input.device}")
     if weight is not None:
-        check_floating("cross_entropy", "weight", weight)
-        check_alike("cross_entropy", "input", input, "weight", weight)
+        check_floating(op, "weight", weight)
+        check_alike(op, "input", input, "weight", weight)
         if weight.shape != (C,):
-            raise ValueError(
-                f"cross_entropy: weight has shape {tuple(weight.shape)}; input {tuple(input.shape)} has C={C} classes"
-            )
+            raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; input {tuple(input.shape)} has C={C} classes")
     if target.dtype.is_floating_point:
-        check_alike("cross_entropy", "input", input, "target", target)
+        check_alike(op, "input", input, "target", target)
         if target.shape != input.shape:
             raise ValueError(
-                f"cross_entropy: target of class probabilities has shape {tuple(target.shape)} but input {tuple(input.shape)}"
+                f"{op}: target of class probabilities has shape {tuple(target.shape)} but input {tuple(input.shape)}"
             )
         if ignore_index >= 0:
-            raise ValueError(f"cross_entropy: ignore_index={ignore_index} goes with class indices, not with probabilities")
+            raise ValueError(f"{op}: ignore_index={ignore_index} goes with class indices, not with probabilities")
         return False
     if target.dtype != torch.int64 and target.dtype != torch.uint8:
-        raise TypeError(
-            f"cross_entropy: target is {target.dtype}; class indices must be int64 or uint8, probabilities {input.dtype}"
-        )
+        raise TypeError(f"{op}: target is {target.dtype}; class indices must be int64 or uint8, probabilities {input.dtype}")
     wanted = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
     if target.shape != wanted:
         raise ValueError(
-            f"cross_entropy: target of class indices has shape {tuple(target.shape)}; "
-            f"input {tuple(input.shape)} needs {tuple(wanted)}"
+            f"{op}: target of class indices has shape {tuple(target.shape)}; input {tuple(input.shape)} needs {tuple(wanted)}"
         )
     if type(target) is Tensor and target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
-        _check_range(target, C, ignore_index)
+        _check_range(op, target, C, ignore_index)
     return True
 
 
-def _check_range(target: Tensor, C: int, ignore_index: int) -> None:
+def _check_range(op: str, target: Tensor, C: int, ignore_index: int) -> None:
     """Raise for an index that is no class; looks at values, so only where nothing transforms or traces."""
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return
@@ -243,8 +238,7 @@ def _check_range(target: Tensor, C: int, ignore_index: int) -> None:
     wrong = target[((target < 0) | (target >= C)) & (target != ignore_index)]
     if wrong.numel():
         raise ValueError(
-            f"cross_entropy: target holds {int(wrong.flatten()[0])}, which is no class of 0..{C - 1} "
-            f"and not ignore_index={ignore_index}"
+            f"{op}: target holds {int(wrong.flatten()[0])}, which is no class of 0..{C - 1} and not ignore_index={ignore_index}"
         )
 
 

@@ -41,14 +41,28 @@ def reduce(l, W, reduction):
     return l if reduction == "none" else l.sum() if reduction == "sum" else l.sum() / W
 
 
-def reduced(formula: Callable[..., Tensor], reduction: str, *tensors: Tensor) -> Tensor:
+def present(formula: Callable[..., Tensor], args: Sequence[Tensor | None]) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The formula as one of the arguments that are not None, and those."""
+    tensors = [t for t in args if t is not None]
+    if len(tensors) == len(args):
+        return formula, tensors
+
+    def of_present(*tensors: Tensor) -> Tensor:
+        it = iter(tensors)
+        return formula(*(None if t is None else next(it) for t in args))
+
+    return of_present, tensors
+
+
+def reduced(formula: Callable[..., Tensor], reduction: str, *args: Tensor | None) -> Tensor:
     """The reduction of an elementwise formula; the mean is over all elements. In blocks, only their sums are held."""
+    formula, tensors = present(formula, args)
     first = tensors[0]
     if reduction == "none":
         return by_elements(formula, *tensors)
     if unwatched(*tensors) and first.is_cpu and first.numel() > BLOCK:
         if all(t.is_contiguous() for t in tensors):
-            tensors = tuple(t.view(-1) for t in tensors)
+            tensors = [t.view(-1) for t in tensors]
         n = max(BLOCK * len(tensors[0]) // first.numel(), 1)
         l = torch.stack([formula(*parts).sum() for parts in zip(*(t.split(n) for t in tensors))])
     else:
@@ -61,13 +75,18 @@ def share(dl, W, reduction):
     return wide(dl) / W if reduction == "mean" else wide(dl)
 
 
-def chain(slope: Callable[..., Tensor], dl: Tensor, reduction: str, *tensors: Tensor) -> Tensor:
-    """dℓ ∘ slope(*tensors), in the first tensor's dtype: the gradient of an elementwise loss, reduced as by `reduced`."""
-    first = tensors[0]
+def chain(slope: Callable[..., Tensor], dl: Tensor, reduction: str, *args: Tensor | None) -> Tensor:
+    """dℓ ∘ slope(*args), in the first tensor's dtype: the gradient of an elementwise loss, reduced as by `reduced`."""
+    slope, tensors = present(slope, args)
+    first, alone = tensors[0], unwatched(dl, *tensors)  # slope returns a new tensor
+
+    def times(s: Tensor, d: Tensor) -> Tensor:
+        return (s.mul_(d) if alone else s * d).to(first.dtype)
+
     if reduction == "none":
-        return by_elements(lambda *a: (wide(a[-1]) * slope(*a[:-1])).to(first.dtype), *tensors, dl)
+        return by_elements(lambda *a: times(slope(*a[:-1]), wide(a[-1])), *tensors, dl)
     d = share(dl, first.numel(), reduction)
-    return by_elements(lambda *a: (slope(*a) * d).to(first.dtype), *tensors)
+    return by_elements(lambda *a: times(slope(*a), d), *tensors)
 
 
 def broadcast(op: str, input: Tensor, target: Tensor, *others: Tensor, warn: bool = True) -> tuple[Tensor, ...]:
