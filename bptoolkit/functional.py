@@ -46,6 +46,7 @@ from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.lp_pool import lp_pool1d as lp_pool1d
 from bptoolkit.ops.lp_pool import lp_pool2d as lp_pool2d
 from bptoolkit.ops.lp_pool import lp_pool3d as lp_pool3d
+from bptoolkit.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from bptoolkit.ops.loss_probability import binary_cross_entropy as binary_cross_entropy
 from bptoolkit.ops.loss_probability import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from bptoolkit.ops.loss_probability import kl_div as kl_div

@@ -49,6 +49,7 @@ from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.lp_pool import LPPool1d as LPPool1d
 from bptoolkit.ops.lp_pool import LPPool2d as LPPool2d
 from bptoolkit.ops.lp_pool import LPPool3d as LPPool3d
+from bptoolkit.ops.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from bptoolkit.ops.loss_probability import BCELoss as BCELoss
 from bptoolkit.ops.loss_probability import BCEWithLogitsLoss as BCEWithLogitsLoss
 from bptoolkit.ops.loss_probability import KLDivLoss as KLDivLoss

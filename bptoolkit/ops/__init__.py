@@ -25,6 +25,7 @@ NAMES = (
     "normalize",
     "mse_loss",
     "cross_entropy",
+    "linear_cross_entropy",
     "loss_regression",
     "loss_probability",
     "attention",

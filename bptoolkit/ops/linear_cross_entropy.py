@@ -1,0 +1,231 @@
+"""Cross entropy of a linear layer's logits, which are never held whole.
+
+Maths     a = x Wᵀ + b,  p = softmax(a) in each row
+          ℓ = − Σ_c r_c log p_c,  r_c = (1 − ε) v_k [c = k] + (ε/C) v_c;  where k is the ignored index, r = 0
+          da_c = dℓ (p_c Σ_c r_c − r_c)        dx = da W        dW = daᵀ x        db = Σ_n da
+Letters   x input N I; W weight C I, w in the code; b bias C; k class indices N; v class weights C; ε smoothing
+Numerics  rows are taken R at a time: R C logits are held, never N C, and backward makes them again from the inputs, which are
+          all that is kept; p from a − max a, not from a − log Σ eᵃ, which is rounded to the size of the logits;
+          half tensors: products in their dtype as `linear` has them, the rest and the sums over rows in float32
+Source    Wijmans et al., "Cut your losses in large-vocabulary language models", 2024, section 4; Bridle 1990, eq. 12
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bptoolkit.cases import Case, Draw
+from bptoolkit.function import Rule, unwatched
+from bptoolkit.op import LOW, Op
+from bptoolkit.ops.cross_entropy import at_index, check_classes, cross_entropy
+from bptoolkit.ops.linear import linear
+from bptoolkit.ops.reduction import REDUCTIONS, check_reduction, reduce, share
+from bptoolkit.precision import wide
+from bptoolkit.shapes import Shapes
+
+CHUNK, LEAST, MOST = 1 << 22, 256, 16  # logits in a chunk; rows in one at least; chunks at most in a graph
+
+
+def rows_of(N, C, alone):
+    """R: how many rows are taken at a time."""
+    R = max(CHUNK // C, LEAST)
+    return max(R if alone else max(R, -(-N // MOST)), 1)
+
+
+def forward(x, w, b, v, k, ignore, reduction, smoothing, full):
+    k, counts, vk = at_index(x, v, k, ignore)  # N
+    C, ls = w.shape[0], []
+    for x1, k1, v1 in zip(*(t.split(rows_of(len(x), C, unwatched(x, w, b))) for t in (x, k, vk))):
+        logp = torch.log_softmax(wide(F.linear(x1, w, b)), 1)  # R C
+        l = (smoothing - 1) * v1 * logp.gather(1, k1.unsqueeze(1)).squeeze(1)  # R
+        if smoothing:
+            l = l - (smoothing / C) * (logp if v is None else wide(v) * logp).sum(1)
+        ls.append(l)
+    l = reduce(torch.where(counts, torch.cat(ls), 0), vk.sum(), reduction)
+    return l.to(torch.promote_types(x.dtype, torch.float32) if full else x.dtype)
+
+
+def backward(dl, x, w, b, v, k, ignore, reduction, smoothing, need):
+    k, counts, vk = at_index(x, v, k, ignore)  # N
+    (N, C), alone = (len(x), w.shape[0]), unwatched(dl, x, w, b, v)
+    d = torch.where(counts, share(dl, vk.sum(), reduction), 0)  # N: dℓ
+    hit, flat = (1 - smoothing) * d * vk, (smoothing / C) * d
+    row = hit + flat * (C if v is None else wide(v).sum())  # N: dℓ Σ_c r_c
+    dxs, dw, db = [], None, None
+    for x1, k1, row1, hit1, flat1 in zip(*(t.split(rows_of(N, C, alone)) for t in (x, k, row, hit, flat))):
+        p = torch.softmax(wide(F.linear(x1, w, b)), 1)  # R C
+        if alone:
+            da = p.mul_(row1.unsqueeze(1)).scatter_add_(1, k1.unsqueeze(1), -hit1.unsqueeze(1))
+        else:
+            da = (p * row1.unsqueeze(1)).scatter_add(1, k1.unsqueeze(1), -hit1.unsqueeze(1))
+        if smoothing:
+            da = da - (flat1.unsqueeze(1) if v is None else flat1.unsqueeze(1) * wide(v))
+        low = da.to(x.dtype)
+        if need.x:
+            dxs.append(low @ w)  # R I
+        if need.w and alone and dw is not None and dw.dtype == x.dtype:
+            dw.addmm_(low.mT, x1)  # C I
+        elif need.w:
+            part = wide(low.mT @ x1)
+            dw = part if dw is None else dw.add_(part) if alone else dw + part
+        if need.b:
+            part = da.sum(0)  # C
+            db = part if db is None else db + part
+    dx = torch.cat(dxs) if need.x else None
+    return dx, dw.to(w.dtype) if need.w else None, db.to(b.dtype) if need.b else None, None, None
+
+
+RULE = Rule("linear_cross_entropy", forward, backward, inputs="x w b v k", outputs="l")
+SHAPES = Shapes("input: N I, linear_weight: C I, linear_bias: C -> N")
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`cross_entropy(linear(input, ...), target)` of class indices, as `torch.nn.functional.linear_cross_entropy`.
+
+    With class indices the logits are made and used some rows at a time. Class probabilities, a K-dimensional loss and a
+    weight that requires grad are computed by `linear` and `cross_entropy`, logits and all.
+
+    Args:
+        input: (N, I) or (I,), floating point.
+        linear_weight: (C, I), or (C, *K, I) for a K-dimensional loss.
+        target: class indices (N,), () or (N, *K), int64 or uint8; or class probabilities (N, C, *K).
+        linear_bias: (C,) or (C, *K).
+        weight: (C,), per class.
+        reduction: "none", "mean" or "sum".
+        ignore_index: the index that contributes nothing, −100 if None; with indices only.
+        label_smoothing: the share of the target spread over all classes, in [0, 1].
+        options: torch's options of chunking; taken, and not needed.
+        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
+
+    Returns:
+        A scalar, or target's shape (without the classes) for "none"; differentiable by input, linear_weight and linear_bias.
+
+    Raises:
+        ValueError: shapes that disagree, an index out of range (checked on the CPU, outside transforms), a label_smoothing
+            outside [0, 1], an ignore_index with probabilities, or a reduction that does not exist.
+        TypeError: tensors of several dtypes, or a target that is neither of indices nor of input's dtype.
+    """
+    op = "linear_cross_entropy"
+    check_reduction(op, reduction)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing={label_smoothing} is outside [0, 1]")
+    if not isinstance(input, Tensor) or not 1 <= input.dim() <= 2:
+        found = tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__
+        raise ValueError(f"{op}: input must be (N, I) or (I,), not {found}")
+    if not isinstance(linear_weight, Tensor) or linear_weight.dim() < 2:
+        found = tuple(linear_weight.shape) if isinstance(linear_weight, Tensor) else type(linear_weight).__name__
+        raise ValueError(f"{op}: linear_weight must be (C, I) or (C, *K, I), not {found}")
+    C, K, I = linear_weight.shape[0], linear_weight.shape[1:-1], linear_weight.shape[-1]
+    if K and input.dim() == 1:
+        raise ValueError(f"{op}: linear_weight {tuple(linear_weight.shape)} needs an input (N, I), not {tuple(input.shape)}")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise ValueError(
+            f"{op}: linear_bias has shape {tuple(linear_bias.shape)}; linear_weight {tuple(linear_weight.shape)} needs "
+            f"{tuple(linear_weight.shape[:-1])}"
+        )
+    batched = input if input.dim() == 2 else input.unsqueeze(0)
+    flat_bias = linear_bias if linear_bias is None else linear_bias.reshape(-1)
+    w = linear_weight if not K else linear_weight.reshape(K.numel() * C, I)
+    SHAPES.check(op, batched, w, flat_bias)
+    logits_shape = (*input.shape[:-1], C, *K)
+    probabilities = isinstance(target, Tensor) and target.shape == logits_shape
+    if probabilities and ignore_index is not None:
+        raise ValueError(f"{op}: ignore_index={ignore_index} goes with class indices, not with probabilities")
+    ignore = -100 if ignore_index is None else ignore_index
+    differentiated = weight is not None and weight.requires_grad
+    if probabilities or K or differentiated or backend not in ("auto", "eager"):
+        a = linear(input, w, flat_bias, backend=backend).reshape(logits_shape)
+        kw: Any = {"ignore_index": ignore, "reduction": reduction, "label_smoothing": label_smoothing}
+        return cross_entropy(a, target, weight, **kw, backend=backend)
+    check_classes(op, input.new_empty(()).expand(logits_shape), target, weight, ignore)
+    x, w, b = OP.cast(batched, w, flat_bias)
+    full = bool(x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
+    k = target.long() if input.dim() == 2 else target.long().unsqueeze(0)
+    args = (x, w, b, weight, k, ignore, reduction, float(label_smoothing), full)
+    l = RULE(*args, backend=OP.pick(RULE, backend, *args))
+    return l.squeeze(0) if reduction == "none" and input.dim() == 1 else l
+
+
+_BASE: Any = getattr(nn, "LinearCrossEntropyLoss", nn.Module)  # torch has it from 2.13 on
+
+
+class LinearCrossEntropyLoss(_BASE):
+    """`torch.nn.LinearCrossEntropyLoss` with the backward above; same parameters, state_dict and arguments."""
+
+    backend: str = "auto"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        shape, b = (self.num_classes, *self.out_features), self.linear.bias
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if b is None else b.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            backend=self.backend,
+        )
+
+
+MODULES: tuple[type[nn.Module], ...] = () if _BASE is nn.Module else (LinearCrossEntropyLoss,)
+
+
+def reference(input, linear_weight, target, *, linear_bias=None, weight=None, ignore_index=None, options=None, **kw):
+    """The definition, in two calls of torch."""
+    a = F.linear(input, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
+    a = a.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
+    return F.cross_entropy(a, target, weight, ignore_index=-100 if ignore_index is None else ignore_index, **kw)
+
+
+def case(draw: Draw) -> Case:
+    N, C, I = draw.size(), draw.size(least=1), draw.size()
+    rows = () if draw.random.random() < 0.15 else (N,)
+    x, w = draw.tensor(*rows, I), draw.tensor(C, I, scale=max(I, 1) ** -0.5)
+    kwargs: dict[str, Any] = {"reduction": draw.choice(REDUCTIONS), "label_smoothing": draw.choice((0.0, 0.0, 0.3))}
+    k = draw.integers(0, C, *rows)
+    if draw.flag():
+        kwargs["linear_bias"] = draw.tensor(C)
+    if draw.flag():
+        kwargs["weight"] = draw.tensor(C).detach().abs() + 0.1
+    if draw.flag() and k.device.type != "meta" and bool((k != 0).any()):
+        kwargs["ignore_index"] = 0
+    return Case((x, w, k), kwargs)
+
+
+def bench(draw: Draw) -> Case:
+    return Case((draw.tensor(1024, 256), draw.tensor(16384, 256, scale=256**-0.5), draw.integers(0, 16384, 1024)), {})
+
+
+OP = Op(
+    name="linear_cross_entropy",
+    call=linear_cross_entropy,
+    reference=reference,
+    rules=(RULE,),
+    module=MODULES,
+    replaces=(_BASE,) if MODULES else (),
+    shapes="input: N I, linear_weight: C I, target: N -> N",
+    source="Wijmans et al. 2024",
+    autocast=LOW,
+    case=case,
+    bench=bench,
+)
+OPS = (OP,)
