@@ -47,6 +47,14 @@ from bptoolkit.ops.lp_pool import lp_pool1d as lp_pool1d
 from bptoolkit.ops.lp_pool import lp_pool2d as lp_pool2d
 from bptoolkit.ops.lp_pool import lp_pool3d as lp_pool3d
 from bptoolkit.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from bptoolkit.ops.loss_margin import cosine_embedding_loss as cosine_embedding_loss
+from bptoolkit.ops.loss_margin import hinge_embedding_loss as hinge_embedding_loss
+from bptoolkit.ops.loss_margin import margin_ranking_loss as margin_ranking_loss
+from bptoolkit.ops.loss_margin import multi_margin_loss as multi_margin_loss
+from bptoolkit.ops.loss_margin import multilabel_margin_loss as multilabel_margin_loss
+from bptoolkit.ops.loss_margin import multilabel_soft_margin_loss as multilabel_soft_margin_loss
+from bptoolkit.ops.loss_margin import soft_margin_loss as soft_margin_loss
+from bptoolkit.ops.loss_margin import triplet_margin_loss as triplet_margin_loss
 from bptoolkit.ops.loss_probability import binary_cross_entropy as binary_cross_entropy
 from bptoolkit.ops.loss_probability import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from bptoolkit.ops.loss_probability import kl_div as kl_div

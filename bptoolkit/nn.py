@@ -50,6 +50,14 @@ from bptoolkit.ops.lp_pool import LPPool1d as LPPool1d
 from bptoolkit.ops.lp_pool import LPPool2d as LPPool2d
 from bptoolkit.ops.lp_pool import LPPool3d as LPPool3d
 from bptoolkit.ops.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+from bptoolkit.ops.loss_margin import CosineEmbeddingLoss as CosineEmbeddingLoss
+from bptoolkit.ops.loss_margin import HingeEmbeddingLoss as HingeEmbeddingLoss
+from bptoolkit.ops.loss_margin import MarginRankingLoss as MarginRankingLoss
+from bptoolkit.ops.loss_margin import MultiLabelMarginLoss as MultiLabelMarginLoss
+from bptoolkit.ops.loss_margin import MultiLabelSoftMarginLoss as MultiLabelSoftMarginLoss
+from bptoolkit.ops.loss_margin import MultiMarginLoss as MultiMarginLoss
+from bptoolkit.ops.loss_margin import SoftMarginLoss as SoftMarginLoss
+from bptoolkit.ops.loss_margin import TripletMarginLoss as TripletMarginLoss
 from bptoolkit.ops.loss_probability import BCELoss as BCELoss
 from bptoolkit.ops.loss_probability import BCEWithLogitsLoss as BCEWithLogitsLoss
 from bptoolkit.ops.loss_probability import KLDivLoss as KLDivLoss

@@ -28,6 +28,7 @@ NAMES = (
     "linear_cross_entropy",
     "loss_regression",
     "loss_probability",
+    "loss_margin",
     "attention",
     "multihead_attention",
     "lstm",

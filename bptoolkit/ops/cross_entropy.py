@@ -190,7 +190,7 @@ def cross_entropy(
     return l.squeeze(0) if reduction == "none" and input.dim() == 1 else l
 
 
-def check_classes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
+def check_classes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> bool:
     """Raise for arguments that disagree; whether the target is of class indices."""
     check_floating(op, "input", input)
     if input.dim() == 0:
@@ -213,7 +213,7 @@ def check_classes(op: str, input: Tensor, target: Tensor, weight: Tensor | None,
             raise ValueError(
                 f"{op}: target of class probabilities has shape {tuple(target.shape)} but input {tuple(input.shape)}"
             )
-        if ignore_index >= 0:
+        if ignore_index is not None and ignore_index >= 0:
             raise ValueError(f"{op}: ignore_index={ignore_index} goes with class indices, not with probabilities")
         return False
     if target.dtype != torch.int64 and target.dtype != torch.uint8:
@@ -228,7 +228,7 @@ def check_classes(op: str, input: Tensor, target: Tensor, weight: Tensor | None,
     return True
 
 
-def _check_range(op: str, target: Tensor, C: int, ignore_index: int) -> None:
+def _check_range(op: str, target: Tensor, C: int, ignore_index: int | None) -> None:
     """Raise for an index that is no class; looks at values, so only where nothing transforms or traces."""
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return

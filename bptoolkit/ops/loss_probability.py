@@ -284,7 +284,7 @@ def kl_div(
     return total / input.shape[0] if input.dim() else total
 
 
-def _weight(op: str, name: str, input: Tensor, w: Tensor | None) -> Tensor | None:
+def weight_like(op: str, name: str, input: Tensor, w: Tensor | None) -> Tensor | None:
     """A weight, in input's shape."""
     if w is None or w.shape == input.shape:
         return w
@@ -296,7 +296,7 @@ def _weight(op: str, name: str, input: Tensor, w: Tensor | None) -> Tensor | Non
         ) from None
 
 
-def _same_shape(op: str, input: Tensor, target: Tensor) -> None:
+def same_shape(op: str, input: Tensor, target: Tensor) -> None:
     if target.shape != input.shape:
         raise ValueError(f"{op}: target has shape {tuple(target.shape)} but input {tuple(input.shape)}; they must be equal")
 
@@ -338,8 +338,8 @@ def binary_cross_entropy(
         )
     x, t, w = BCE_OP.cast(input, target, weight)
     BCE_OP.check(x, t, w)
-    _same_shape("binary_cross_entropy", x, t)
-    w = _weight("binary_cross_entropy", "weight", x, w)
+    same_shape("binary_cross_entropy", x, t)
+    w = weight_like("binary_cross_entropy", "weight", x, w)
     return BCE_RULE(x, t, w, reduction, backend=BCE_OP.pick(BCE_RULE, backend, x, t, w))
 
 
@@ -377,8 +377,8 @@ def binary_cross_entropy_with_logits(
     reduction = resolve(op, reduction, size_average, reduce)
     x, t, w, p = LOGITS_OP.cast(input, floating(op, input, "target", target), weight, pos_weight)
     LOGITS_OP.check(x, t, w, p)
-    _same_shape(op, x, t)
-    w, p = _weight(op, "weight", x, w), _weight(op, "pos_weight", x, p)
+    same_shape(op, x, t)
+    w, p = weight_like(op, "weight", x, w), weight_like(op, "pos_weight", x, p)
     return LOGITS_RULE(x, t, w, p, reduction, backend=LOGITS_OP.pick(LOGITS_RULE, backend, x, t, w, p))
 
 
