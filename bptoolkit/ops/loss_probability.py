@@ -11,7 +11,8 @@ Maths     nll     ℓ_n = − w_k x_nk, k = k_n; where k is the ignored index, w
                   dt = dℓ w ((p − 1) s − x)            dp = dℓ w t s
 Letters   x input: log-probabilities N C *D (nll) or *B (kl_div), probabilities (bce), logits; t target, k class indices N *D;
           w weight, p weight of the positives; l the reduced loss, ℓ that of an element or of a sample and position
-Numerics  half tensors are computed in float32; bce has torch's clamps: log ≥ −100, and x (1 − x) ≥ 10⁻¹² in dx; t log t is 0
+Numerics  half tensors are computed in float32; bce has torch's clamps: log ≥ −100 (in dt too, where
+          torch's is ±inf at 0 and 1), and x (1 − x) ≥ 10⁻¹² in dx; t log t is 0
           at t = 0; nll keeps no x
 Source    Kullback & Leibler 1951, eq. 2.4 (kl_div); Cox 1958, "The regression analysis of binary sequences" (bce)
 """
@@ -137,7 +138,7 @@ def bce_backward(dl, x, t, w, reduction, need):
 
 def of_logits(x, t, p):
     s = F.logsigmoid(x)  # −s in the letters above
-    return torch.addcmul(x, t, x, value=-1) - (s if p is None else (1 + (wide(p) - 1) * t) * s)
+    return (1 - t) * x - (s if p is None else (1 + (wide(p) - 1) * t) * s)
 
 
 def logits_forward(x, t, w, p, reduction):
