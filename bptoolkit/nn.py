@@ -18,6 +18,24 @@ from bptoolkit.ops.bilinear import Bilinear as Bilinear
 from bptoolkit.ops.batch_norm import BatchNorm1d as BatchNorm1d
 from bptoolkit.ops.batch_norm import BatchNorm2d as BatchNorm2d
 from bptoolkit.ops.batch_norm import BatchNorm3d as BatchNorm3d
+from bptoolkit.ops.activation_rectifiers import Hardshrink as Hardshrink
+from bptoolkit.ops.activation_rectifiers import Hardsigmoid as Hardsigmoid
+from bptoolkit.ops.activation_rectifiers import Hardswish as Hardswish
+from bptoolkit.ops.activation_rectifiers import Hardtanh as Hardtanh
+from bptoolkit.ops.activation_rectifiers import LeakyReLU as LeakyReLU
+from bptoolkit.ops.activation_rectifiers import PReLU as PReLU
+from bptoolkit.ops.activation_rectifiers import ReLU6 as ReLU6
+from bptoolkit.ops.activation_rectifiers import RReLU as RReLU
+from bptoolkit.ops.activation_rectifiers import Softshrink as Softshrink
+from bptoolkit.ops.activation_rectifiers import Threshold as Threshold
+from bptoolkit.ops.activation_smooth import CELU as CELU
+from bptoolkit.ops.activation_smooth import ELU as ELU
+from bptoolkit.ops.activation_smooth import SELU as SELU
+from bptoolkit.ops.activation_smooth import LogSigmoid as LogSigmoid
+from bptoolkit.ops.activation_smooth import Mish as Mish
+from bptoolkit.ops.activation_smooth import Softplus as Softplus
+from bptoolkit.ops.activation_smooth import Softsign as Softsign
+from bptoolkit.ops.activation_smooth import Tanhshrink as Tanhshrink
 from bptoolkit.ops.conv import Conv1d as Conv1d
 from bptoolkit.ops.conv import Conv2d as Conv2d
 from bptoolkit.ops.conv import Conv3d as Conv3d
@@ -35,6 +53,7 @@ from bptoolkit.ops.dropout import Dropout3d as Dropout3d
 from bptoolkit.ops.dropout import FeatureAlphaDropout as FeatureAlphaDropout
 from bptoolkit.ops.embedding import Embedding as Embedding
 from bptoolkit.ops.embedding_bag import EmbeddingBag as EmbeddingBag
+from bptoolkit.ops.gated import GLU as GLU
 from bptoolkit.ops.gru import GRU as GRU
 from bptoolkit.ops.interpolate import Upsample as Upsample
 from bptoolkit.ops.interpolate import UpsamplingBilinear2d as UpsamplingBilinear2d
@@ -102,3 +121,4 @@ from bptoolkit.ops.similarity import CosineSimilarity as CosineSimilarity
 from bptoolkit.ops.similarity import PairwiseDistance as PairwiseDistance
 from bptoolkit.ops.softmax import LogSoftmax as LogSoftmax
 from bptoolkit.ops.softmax import Softmax as Softmax
+from bptoolkit.ops.softmax import Softmin as Softmin

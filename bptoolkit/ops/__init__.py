@@ -9,6 +9,9 @@ from bptoolkit.op import Op
 NAMES = (
     "linear",
     "activation",
+    "activation_rectifiers",
+    "activation_smooth",
+    "gated",
     "softmax",
     "conv",
     "conv_transpose",

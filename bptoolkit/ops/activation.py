@@ -17,23 +17,19 @@ Source    Nair & Hinton 2010 (relu); Hendrycks & Gimpel, arXiv 1606.08415 (gelu,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import pi, sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from bptoolkit.blocks import by_elements
 from bptoolkit.cases import Case, Draw
-from bptoolkit.function import Rule, _transforms_active, unwatched
-from bptoolkit.op import Op
+from bptoolkit.function import Rule, unwatched
+from bptoolkit.ops.elementwise import BITS, case, in_place, unary
 from bptoolkit.precision import wide
 
 SQRT_HALF, PDF_0, ROOT_2_PI, CUBIC = sqrt(0.5), 1 / sqrt(2 * pi), sqrt(2 / pi), 0.044715
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def relu_forward(x):
@@ -48,7 +44,7 @@ def relu_backward(dy, y):
 
 def keep_where_nonzero(dy, y):
     """Dy where y is not ±0, else 0: dy's bits times 0 or 1. On the CPU `where` takes a branch per element, 4 × the time."""
-    bits = _BITS[y.element_size()]
+    bits = BITS[y.element_size()]
     on = y.view(bits) * 2  # the shift drops the sign: 0 for both zeros
     return on.ne_(0).mul_(dy.view(bits)).view(y.dtype)
 
@@ -113,26 +109,6 @@ SILU_RULE = Rule("silu", silu_forward, silu_backward, inputs="x", outputs="y")
 GELU_RULE = Rule("gelu", gelu_forward, gelu_backward, inputs="x", outputs="y")
 
 
-class ReluInPlace(torch.autograd.Function):
-    """y over x, for eager autograd: one buffer holds input, output and what backward needs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x.relu_())
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        return relu_backward(*cotangents, *ctx.saved_tensors)
-
-
-def refuse_leaf(name: str, x: Tensor) -> None:
-    """Raise, before any work, where autograd would after it."""
-    if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: inplace=True on a leaf tensor that requires grad: its value would be lost")
-
-
 def relu(input: Tensor, inplace: bool = False, *, backend: str = "auto") -> Tensor:
     """y = max(x, 0), as `torch.nn.functional.relu`.
 
@@ -151,13 +127,9 @@ def relu(input: Tensor, inplace: bool = False, *, backend: str = "auto") -> Tens
     """
     RELU_OP.check(input)
     backend = RELU_OP.pick(RELU_RULE, backend, input)
-    if not inplace:
-        return RELU_RULE(input, backend=backend)
-    refuse_leaf("relu", input)
-    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
-        return input.copy_(RELU_RULE(input, backend=backend))
-    ReluInPlace.apply(input)
-    return input
+    if inplace:
+        return in_place(RELU_OP, RELU_RULE, input, backend=backend, write=torch.relu_)
+    return RELU_RULE(input, backend=backend)
 
 
 def gelu(input: Tensor, approximate: str = "none", *, backend: str = "auto") -> Tensor:
@@ -199,11 +171,9 @@ def silu(input: Tensor, inplace: bool = False, *, backend: str = "auto") -> Tens
     """
     SILU_OP.check(input)
     backend = SILU_OP.pick(SILU_RULE, backend, input)
-    if not inplace:
-        return SILU_RULE(input, backend=backend)
-    refuse_leaf("silu", input)
-    x = input.clone() if torch.is_grad_enabled() else input  # backward needs the input that is about to be lost
-    return input.copy_(SILU_RULE(x, backend=backend))
+    if inplace:
+        return in_place(SILU_OP, SILU_RULE, input, backend=backend)
+    return SILU_RULE(input, backend=backend)
 
 
 def tanh(input: Tensor, *, backend: str = "auto") -> Tensor:
@@ -275,35 +245,13 @@ class Sigmoid(nn.Sigmoid):
         return sigmoid(input, backend=self.backend)
 
 
-def case(draw: Draw) -> Case:
-    return Case((draw.tensor(*draw.batch(), draw.size(), scale=2.0),), {})
-
-
 def gelu_case(draw: Draw) -> Case:
     return Case(case(draw).args, draw.choice(({}, {"approximate": "tanh"})))
 
 
-def bench(draw: Draw) -> Case:
-    return Case((draw.tensor(64, 128, 512),), {})
-
-
-def _op(call: Callable[..., Tensor], reference: Callable[..., Tensor], rule: Rule, module: Any, source: str, **kw: Any) -> Op:
-    return Op(
-        name=rule.name,
-        call=call,
-        reference=reference,
-        rules=(rule,),
-        module=(module,),
-        replaces=(module.__base__,),
-        shapes="input: *B -> *B",
-        source=source,
-        **{"case": case, "bench": bench, **kw},
-    )
-
-
-RELU_OP = _op(relu, F.relu, RELU_RULE, ReLU, "Nair & Hinton 2010")
-GELU_OP = _op(gelu, F.gelu, GELU_RULE, GELU, "Hendrycks & Gimpel 2016", case=gelu_case)
-SILU_OP = _op(silu, F.silu, SILU_RULE, SiLU, "Hendrycks & Gimpel 2016; Elfwing et al. 2017")
-TANH_OP = _op(tanh, torch.tanh, TANH_RULE, Tanh, "LeCun et al. 1998, §4.4")
-SIGMOID_OP = _op(sigmoid, torch.sigmoid, SIGMOID_RULE, Sigmoid, "Rumelhart, Hinton & Williams 1986")
+RELU_OP = unary(relu, F.relu, RELU_RULE, ReLU, "Nair & Hinton 2010")
+GELU_OP = unary(gelu, F.gelu, GELU_RULE, GELU, "Hendrycks & Gimpel 2016", case=gelu_case)
+SILU_OP = unary(silu, F.silu, SILU_RULE, SiLU, "Hendrycks & Gimpel 2016; Elfwing et al. 2017")
+TANH_OP = unary(tanh, torch.tanh, TANH_RULE, Tanh, "LeCun et al. 1998, §4.4")
+SIGMOID_OP = unary(sigmoid, torch.sigmoid, SIGMOID_RULE, Sigmoid, "Rumelhart, Hinton & Williams 1986")
 OPS = (RELU_OP, GELU_OP, SILU_OP, TANH_OP, SIGMOID_OP)

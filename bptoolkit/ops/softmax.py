@@ -1,8 +1,9 @@
-"""Softmax and log-softmax along one dimension.
+"""Softmax, log-softmax and softmin along one dimension.
 
 Maths     softmax      y_c = e^x_c / Σ_k e^x_k          dx = y ∘ (dy − Σ_c y_c dy_c)
           log_softmax  y_c = x_c − log Σ_k e^x_k        dx = dy − e^y Σ_c dy_c
-          Both follow from ∂ log Σ_k e^x_k / ∂x_c = e^x_c / Σ_k e^x_k.
+          softmin      y_c = e^−x_c / Σ_k e^−x_k        dx = −y ∘ (dy − Σ_c y_c dy_c), softmax at −x
+          All follow from ∂ log Σ_k e^x_k / ∂x_c = e^x_c / Σ_k e^x_k.
 Letters   c, k run over dimension `dim` (C), all others (*B) stand by; dt is the gradient of the loss by t
 Numerics  only the output is kept; half tensors are computed in float32; a row of −∞ alone is NaN, as in torch
 Source    Bridle, "Probabilistic interpretation of feedforward classification network outputs", 1990
@@ -47,6 +48,14 @@ def log_softmax_backward(dy, y, dim):
     return along(rule, y, dy, dim)
 
 
+def softmin_forward(x, dim):
+    return torch.softmax(-x, dim)
+
+
+def softmin_backward(dy, y, dim):
+    return softmax_backward(-dy, y, dim)
+
+
 def along(rule, y, dy, dim):
     """rule(y, dy, dim), where what stands before `dim` is rows that may be taken block by block."""
     d = dim % max(y.dim(), 1)
@@ -60,6 +69,7 @@ def along(rule, y, dy, dim):
 
 SOFTMAX_RULE = Rule("softmax", softmax_forward, softmax_backward, inputs="x", outputs="y")
 LOG_SOFTMAX_RULE = Rule("log_softmax", log_softmax_forward, log_softmax_backward, inputs="x", outputs="y")
+SOFTMIN_RULE = Rule("softmin", softmin_forward, softmin_backward, inputs="x", outputs="y")
 
 
 def _prepared(op: Op, x: Tensor, dim: int | None, dtype: torch.dtype | None, stacklevel: int) -> tuple[Tensor, int]:
@@ -125,6 +135,19 @@ def log_softmax(
     return LOG_SOFTMAX_RULE(input, dim, backend=LOG_SOFTMAX.pick(LOG_SOFTMAX_RULE, backend, input, dim))
 
 
+def softmin(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Y = e⁻ˣ / Σ e⁻ˣ along a dimension, as `torch.nn.functional.softmin`; arguments and errors as `softmax`."""
+    input, dim = _prepared(SOFTMIN, input, dim, dtype, _stacklevel)
+    return SOFTMIN_RULE(input, dim, backend=SOFTMIN.pick(SOFTMIN_RULE, backend, input, dim))
+
+
 class Softmax(nn.Softmax):
     """`torch.nn.Softmax` with the backward above; same arguments."""
 
@@ -141,6 +164,15 @@ class LogSoftmax(nn.LogSoftmax):
 
     def forward(self, input: Tensor) -> Tensor:
         return log_softmax(input, self.dim, _stacklevel=5, backend=self.backend)
+
+
+class Softmin(nn.Softmin):
+    """`torch.nn.Softmin` with the backward above; same arguments."""
+
+    backend: str = "auto"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return softmin(input, self.dim, _stacklevel=5, backend=self.backend)
 
 
 def case(draw: Draw) -> Case:
@@ -178,4 +210,17 @@ LOG_SOFTMAX = Op(
     case=case,
     bench=bench,
 )
-OPS = (SOFTMAX, LOG_SOFTMAX)
+SOFTMIN = Op(
+    name="softmin",
+    call=softmin,
+    reference=F.softmin,
+    rules=(SOFTMIN_RULE,),
+    module=(Softmin,),
+    replaces=(nn.Softmin,),
+    shapes="input: *B -> *B",
+    source="Bridle 1990",
+    autocast=FLOAT32_CUDA,
+    case=case,
+    bench=bench,
+)
+OPS = (SOFTMAX, LOG_SOFTMAX, SOFTMIN)
