@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bptoolkit.blocks import by_elements
+from bptoolkit.blocks import by_elements, by_rows
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule, unwatched
 from bptoolkit.op import Op
@@ -50,7 +50,7 @@ def leaky_forward(x, slope):
 
 def leak(t, dy, slope):
     """Dy where t > 0, else slope · dy."""
-    on = holds(torch.gt, t, 0)
+    on = holds(torch.gt, t, 0, dy)
     if on.dtype not in (torch.bool, *_HALF) and 0 <= slope <= 1:
         return on.clamp_(min=slope).mul_(dy)
     return either(on, dy, slope * dy)
@@ -107,35 +107,25 @@ def prelu_forward(x, w):
 
 
 def prelu_backward(dy, x, w, need):
-    shape = (1, -1, *(1,) * (x.dim() - 2)) if x.dim() > 1 else (-1,) if x.dim() else ()
-    dx = dw = None
+    one, dx, dw = w.numel() == 1, None, None
     if need.x:
-        wide_w = w.reshape(shape)
+        w_ = wide(w).reshape(() if one else (-1, *(1,) * (x.dim() - 2)))  # C 1…
 
-        def rule(x, dy, w):
-            return either(holds(torch.gt, x, 0), dy, (wide(dy) * wide(w)).to(dy.dtype))
+        def rule(x, dy):
+            return either(holds(torch.gt, x, 0, dy, w), dy, (wide(dy) * w_).to(dy.dtype))
 
-        if w.numel() == 1:
-            dx = by_elements(lambda x, dy: rule(x, dy, wide_w), x, dy)
-        else:
-            dx = rule(x, dy, wide_w)
+        dx = by_elements(rule, x, dy) if one else by_rows(rule, x, dy)
     if need.w:
-        if w.numel() == 1:
-            dw = masked_dot(x.reshape(1, -1), dy.reshape(1, -1), 1)
-        else:
-            dw = masked_dot(x, dy, [d for d in range(x.dim()) if d != 1])
-        dw = dw.reshape(w.shape).to(w.dtype)
+        rest = [d for d in range(x.dim()) if d != 1 or one]
+
+        def off(x, dy):
+            return either(holds(torch.gt, wide(x), 0, dy), 0.0, wide(x) * wide(dy))
+
+        dw = (off(x, dy).sum(rest) if rest else off(x, dy)).reshape(w.shape).to(w.dtype)
     return dx, dw
 
 
-def masked_dot(x, dy, dims):
-    """Σ dy x over dims, where x ≤ 0."""
-    x, dy = wide(x), wide(dy)
-    p = either(holds(torch.gt, x, 0), 0.0, x * dy)
-    return p.sum(dims) if dims else p
-
-
-PRELU_RULE = Rule("prelu", prelu_forward, prelu_backward, inputs="x w", outputs="y", uses={"x": "x w", "w": "x"})
+PRELU_RULE = Rule("prelu", prelu_forward, prelu_backward, inputs="x w", outputs="y")
 
 
 def prelu(input: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
@@ -235,7 +225,7 @@ def threshold_forward(x, threshold, value):
 
 
 def threshold_backward(dy, y, threshold):
-    return by_elements(lambda y, dy: either(holds(torch.le, y, threshold), 0.0, dy), y, dy)
+    return by_elements(lambda y, dy: either(holds(torch.le, y, threshold, dy), 0.0, dy), y, dy)
 
 
 def threshold_backward_x(dy, x, threshold):
@@ -283,7 +273,7 @@ def hardtanh_forward(x, low, high):
 
 
 def hardtanh_backward(dy, y, low, high):
-    return by_elements(lambda y, dy: either(holds(torch.le, y, low) + holds(torch.ge, y, high), 0.0, dy), y, dy)
+    return by_elements(lambda y, dy: either(holds(torch.le, y, low, dy) + holds(torch.ge, y, high, dy), 0.0, dy), y, dy)
 
 
 def hardtanh_backward_x(dy, x, low, high):
@@ -348,7 +338,7 @@ def softshrink_forward(x, lambd):
 
 
 def shrink_backward(dy, y):
-    return by_elements(lambda y, dy: either(holds(torch.eq, y, 0), 0.0, dy), y, dy)
+    return by_elements(lambda y, dy: either(holds(torch.eq, y, 0, dy), 0.0, dy), y, dy)
 
 
 def hardshrink_backward_x(dy, x, lambd):
@@ -411,7 +401,7 @@ def hardsigmoid_forward(x):
 
 
 def hardsigmoid_backward(dy, y):
-    return by_elements(lambda y, dy: either(holds(torch.gt, y, 0) * holds(torch.lt, y, 1), dy / 6, 0.0), y, dy)
+    return by_elements(lambda y, dy: either(holds(torch.gt, y, 0, dy) * holds(torch.lt, y, 1, dy), dy / 6, 0.0), y, dy)
 
 
 def hardswish_forward(x):
@@ -421,8 +411,8 @@ def hardswish_forward(x):
 def hardswish_backward(dy, x):
     def rule(x, dy):
         x_, dy_ = wide(x), wide(dy)
-        inner = either(holds(torch.le, x_, -3), 0.0, dy_ * (x_ / 3 + 0.5))
-        return either(holds(torch.lt, x_, 3) + holds(torch.le, x_, -3), inner, dy_).to(dy.dtype)
+        inner = either(holds(torch.le, x_, -3, dy), 0.0, dy_ * (x_ / 3 + 0.5))
+        return either(holds(torch.lt, x_, 3, dy) + holds(torch.le, x_, -3, dy), inner, dy_).to(dy.dtype)
 
     return by_elements(rule, x, dy)
 
@@ -567,12 +557,6 @@ def prelu_case(draw: Draw) -> Case:
     return Case((x, draw.tensor(*draw.choice(((), (1,), (x.shape[1] if x.dim() > 1 else 1,))))), {})
 
 
-def rrelu_case(draw: Draw) -> Case:
-    """With drawn slopes only where lower = upper: the reference draws its own."""
-    at = draw.choice(({}, {"lower": -0.2, "upper": 0.1}, {"lower": 0.25, "upper": 0.25, "training": True}))
-    return case_with(at)(draw)
-
-
 def prelu_bench(draw: Draw) -> Case:
     return Case((draw.tensor(16, 64, 64, 64), draw.tensor(64)), {})
 
@@ -602,7 +586,15 @@ PRELU = Op(
     case=prelu_case,
     bench={"per channel": prelu_bench, "one": prelu_bench_one},
 )
-RRELU = unary(rrelu, F.rrelu, (RRELU_RULE, LEAKY_RULE, LEAKY_X_RULE), RReLU, "Xu et al. 2015", case=rrelu_case)
+# drawn slopes are no case: the reference would draw its own
+RRELU = unary(
+    rrelu,
+    F.rrelu,
+    (RRELU_RULE, LEAKY_RULE, LEAKY_X_RULE),
+    RReLU,
+    "Xu et al. 2015",
+    case=case_with({}, {"lower": -0.2, "upper": 0.1}),
+)
 THRESHOLD = unary(
     threshold,
     F.threshold,

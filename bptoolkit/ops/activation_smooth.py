@@ -329,11 +329,16 @@ class Tanhshrink(nn.Tanhshrink):
         return tanhshrink(input, backend=self.backend)
 
 
+def celu_reference(input, alpha=1.0):
+    """In plain torch: torch's own gradient has 1/alpha in float32 for float64 tensors too."""
+    return torch.where(input <= 0, alpha * torch.expm1(wide(input).clamp(max=0) / alpha), input).to(input.dtype)
+
+
 ELU_RULES = (ELU_RULE, ELU_X_RULE)
 _ALPHAS: tuple[dict[str, Any], ...] = ({}, {"alpha": 0.4}, {"alpha": 2.5}, {"alpha": -0.7})
 ELU_OP = unary(elu, F.elu, ELU_RULES, ELU, "Clevert et al. 2015, eq. 16", case=case_with(*_ALPHAS, {"alpha": 0.0}))
 SELU_OP = unary(selu, F.selu, ELU_RULES, SELU, "Klambauer et al. 2017, eq. 2")
-CELU_OP = unary(celu, F.celu, ELU_RULES, CELU, "Barron 2017", case=case_with(*_ALPHAS, scale=1.5))
+CELU_OP = unary(celu, celu_reference, ELU_RULES, CELU, "Barron 2017", peer=F.celu, case=case_with(*_ALPHAS, scale=1.5))
 SOFTPLUS = unary(
     softplus,
     F.softplus,

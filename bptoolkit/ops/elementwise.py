@@ -21,9 +21,9 @@ from bptoolkit.op import Op
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def holds(compare: Callable[..., Tensor], t: Tensor, bound: float) -> Tensor:
-    """compare(t, bound), for `either`: bool, or 0 and 1 in t's dtype where that is faster. + is or, * is and."""
-    if t.device.type == "cpu" and unwatched(t):
+def holds(compare: Callable[..., Tensor], t: Tensor, bound: float, *others: Tensor) -> Tensor:
+    """compare(t, bound), for an `either` with others: bool, or 0 and 1 in t's dtype where that is faster. + is or, * is and."""
+    if t.device.type == "cpu" and unwatched(t, *others):
         return compare(t, bound, out=torch.empty_like(t))
     return compare(t, bound)
 

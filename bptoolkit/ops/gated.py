@@ -85,7 +85,7 @@ def reglu_forward(a, b):
 def reglu_backward(dy, a, b, need):
     da = db = None
     if need.a:
-        da = by_elements(lambda a, b, dy: either(holds(torch.le, a, 0), 0.0, dy * b), a, b, dy)
+        da = by_elements(lambda a, b, dy: either(holds(torch.le, a, 0, b, dy), 0.0, dy * b), a, b, dy)
     if need.b:
         db = by_elements(lambda a, dy: dy * torch.relu(a), a, dy)
     return da, db
