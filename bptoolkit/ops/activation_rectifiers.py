@@ -225,7 +225,10 @@ def threshold_forward(x, threshold, value):
 
 
 def threshold_backward(dy, y, threshold):
-    return by_elements(lambda y, dy: either(holds(torch.le, y, threshold, dy), 0.0, dy), y, dy)
+    def rule(y, dy):  # in float32, as torch compares half tensors with the threshold
+        return either(holds(torch.le, wide(y), threshold, dy), 0.0, wide(dy)).to(dy.dtype)
+
+    return by_elements(rule, y, dy)
 
 
 def threshold_backward_x(dy, x, threshold):
@@ -273,7 +276,12 @@ def hardtanh_forward(x, low, high):
 
 
 def hardtanh_backward(dy, y, low, high):
-    return by_elements(lambda y, dy: either(holds(torch.le, y, low, dy) + holds(torch.ge, y, high, dy), 0.0, dy), y, dy)
+    def rule(y, dy):
+        y = wide(y)
+        outside = holds(torch.le, y, low, dy) + holds(torch.ge, y, high, dy)
+        return either(outside, 0.0, wide(dy)).to(dy.dtype)
+
+    return by_elements(rule, y, dy)
 
 
 def hardtanh_backward_x(dy, x, low, high):
@@ -410,11 +418,11 @@ def hardswish_forward(x):
 
 def hardswish_backward(dy, x):
     def rule(x, dy):
-        x_, dy_ = wide(x), wide(dy)
-        inner = either(holds(torch.le, x_, -3, dy), 0.0, dy_ * (x_ / 3 + 0.5))
-        return either(holds(torch.lt, x_, 3, dy) + holds(torch.le, x_, -3, dy), inner, dy_).to(dy.dtype)
+        x, dy = wide(x), wide(dy)
+        bend = either(holds(torch.le, x, -3, dy), 0.0, dy * (x / 3 + 0.5))
+        return either(holds(torch.lt, x, 3, dy), bend, dy)
 
-    return by_elements(rule, x, dy)
+    return by_elements(lambda x, dy: rule(x, dy).to(dy.dtype), x, dy)
 
 
 HARDSIGMOID_RULE = Rule("hardsigmoid", hardsigmoid_forward, hardsigmoid_backward, inputs="x", outputs="y")
