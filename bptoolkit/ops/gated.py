@@ -121,9 +121,7 @@ def glu(input: Tensor, dim: int = -1, *, backend: str = "auto") -> Tensor:
     if not -n <= dim < n:
         raise ValueError(f"glu: dim={dim} is not a dimension of input, whose shape is {tuple(input.shape)}")
     if input.shape[dim] % 2:
-        raise ValueError(
-            f"glu: dimension {dim} of input {tuple(input.shape)} is {input.shape[dim]}; it must be even, to be halved"
-        )
+        raise ValueError(f"glu: dimension {dim} of input {tuple(input.shape)} has size {input.shape[dim]}; it must be even")
     return GLU_RULE(input, dim, backend=GLU_OP.pick(GLU_RULE, backend, input, dim))
 
 

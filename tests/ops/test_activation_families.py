@@ -182,7 +182,7 @@ IN_PLACE = [p for p in CALLS if "inplace" in inspect.signature(getattr(f, p.valu
 
 def signed(name, options):
     """Whether torch's call in place has a gradient."""
-    return not (name in ("leaky_relu", "elu", "rrelu") and options and options[0] < 0)
+    return not (name in ("leaky_relu", "elu", "celu", "rrelu") and options and options[0] < 0)
 
 
 @pytest.mark.parametrize("name, options", IN_PLACE)
@@ -276,9 +276,10 @@ def test_rrelu_drawn_under_transforms():
 def test_prelu(shape, weight, dtype):
     x, w, dy = torch.randn(shape).to(dtype), torch.rand(weight).to(dtype), torch.randn(shape).to(dtype)
     results = []
-    for fn in (f.prelu, F.prelu):
-        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
-        results.append((fn(a, b).detach(), *torch.autograd.grad(fn(a, b), (a, b), dy)))
+    for fn, to in ((f.prelu, dtype), (F.prelu, torch.float64)):  # torch rounds each product of dw to half
+        a, b = x.to(to, copy=True).requires_grad_(), w.to(to, copy=True).requires_grad_()
+        y = fn(a, b)
+        results.append([t.detach().to(dtype) for t in (y, *torch.autograd.grad(y, (a, b), dy.to(to)))])
     torch.testing.assert_close(*results)
 
 
