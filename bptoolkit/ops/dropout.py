@@ -28,7 +28,7 @@ from bptoolkit.blocks import by_elements
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import Op
-from bptoolkit.ops.activation import refuse_leaf
+from bptoolkit.ops.elementwise import refuse_leaf
 from bptoolkit.precision import wide
 from bptoolkit.shapes import check_floating
 
