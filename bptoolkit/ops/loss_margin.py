@@ -18,7 +18,8 @@ Maths     h⁺ = max(h, 0), on = [h ≥ 0] as torch's clamp has it, or [h > 0] i
 Letters   all per element, or per row n of N; m the margin; multilabel_soft_margin is binary_cross_entropy_with_logits, whose
           rule it runs, averaged over the classes
 Numerics  half tensors are computed in float32; soft_margin does not overflow, where torch's is inf from y x < −88 on;
-          multilabel_margin holds N C C comparisons in its forward and backward, one sample by one in blocks of rows
+          multilabel_margin makes the N C C comparisons of every class with every place for a label, so it is slow for many
+          classes with few labels each; nothing of that size is kept
 Source    Hadsell et al. 2006, eq. 4 (hinge_embedding); Crammer & Singer 2001 (multi_margin); Schroff et al. 2015, eq. 2 and
           Balntas et al. 2016, section 3.2 (triplet)
 """
