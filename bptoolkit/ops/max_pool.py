@@ -161,7 +161,8 @@ def draw_windows(draw: Draw, n: int, dilated: bool = True, padded: bool = True) 
     dilation = [draw.choice((1, 1, 2)) for _ in range(n)] if dilated else [1] * n
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation)]
     padding = [draw.choice(range(k // 2 + 1)) for k in kernel] if padded else [0] * n
-    X = [max(draw.size(least=1, most=most), r - 2 * p) for r, p in zip(reach, padding)]
+    least = [max(r - 2 * p, d if k > 1 else 1) for r, p, d, k in zip(reach, padding, dilation, kernel)]  # no window is empty
+    X = [max(draw.size(least=1, most=most), m) for m in least]
     batch = () if draw.random.random() < 0.2 else (draw.size(most=2),)
     x = draw.tensor(*batch, draw.size(least=1, most=3), *X)
     kwargs = {"kernel_size": kernel, "stride": stride, "ceil_mode": draw.flag()}
