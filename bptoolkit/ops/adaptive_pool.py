@@ -121,7 +121,7 @@ def _max(op: Op, n: int, x: Tensor, output_size: Any, return_indices: bool, back
 
 
 def adaptive_avg_pool1d(input: Tensor, output_size: Any, *, backend: str = "auto") -> Tensor:
-    """Means of output_size windows, as `torch.nn.functional.adaptive_avg_pool1d`; arguments and errors as `adaptive_avg_pool2d`.
+    """Means of windows, as `torch.nn.functional.adaptive_avg_pool1d`; arguments and errors as `adaptive_avg_pool2d`.
 
     Input (N, C, L) or (C, L); output_size an int or a tuple of one.
     """
@@ -129,7 +129,7 @@ def adaptive_avg_pool1d(input: Tensor, output_size: Any, *, backend: str = "auto
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: Any, *, backend: str = "auto") -> Tensor:
-    """Means of output_size windows, as `torch.nn.functional.adaptive_avg_pool2d`.
+    """Means of windows, as `torch.nn.functional.adaptive_avg_pool2d`.
 
     Args:
         input: (N, C, H, W), or unbatched (C, H, W), floating point.
@@ -147,7 +147,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any, *, backend: str = "auto
 
 
 def adaptive_avg_pool3d(input: Tensor, output_size: Any, *, backend: str = "auto") -> Tensor:
-    """Means of output_size windows, as `torch.nn.functional.adaptive_avg_pool3d`; arguments and errors as `adaptive_avg_pool2d`.
+    """Means of windows, as `torch.nn.functional.adaptive_avg_pool3d`; arguments and errors as `adaptive_avg_pool2d`.
 
     Input (N, C, D, H, W) or (C, D, H, W).
     """
@@ -155,7 +155,7 @@ def adaptive_avg_pool3d(input: Tensor, output_size: Any, *, backend: str = "auto
 
 
 def adaptive_max_pool1d(input: Tensor, output_size: Any, return_indices: bool = False, *, backend: str = "auto") -> Any:
-    """Maxima of output_size windows, as `torch.nn.functional.adaptive_max_pool1d`; arguments and errors as `adaptive_max_pool2d`.
+    """Maxima of windows, as `torch.nn.functional.adaptive_max_pool1d`; arguments and errors as `adaptive_max_pool2d`.
 
     Input (N, C, L) or (C, L); output_size an int or a tuple of one.
     """
@@ -163,7 +163,7 @@ def adaptive_max_pool1d(input: Tensor, output_size: Any, return_indices: bool = 
 
 
 def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False, *, backend: str = "auto") -> Any:
-    """Maxima of output_size windows, as `torch.nn.functional.adaptive_max_pool2d`.
+    """Maxima of windows, as `torch.nn.functional.adaptive_max_pool2d`.
 
     Args:
         input: (N, C, H, W), or unbatched (C, H, W), floating point.
@@ -183,7 +183,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
 
 
 def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False, *, backend: str = "auto") -> Any:
-    """Maxima of output_size windows, as `torch.nn.functional.adaptive_max_pool3d`; arguments and errors as `adaptive_max_pool2d`.
+    """Maxima of windows, as `torch.nn.functional.adaptive_max_pool3d`; arguments and errors as `adaptive_max_pool2d`.
 
     Input (N, C, D, H, W) or (C, D, H, W).
     """
