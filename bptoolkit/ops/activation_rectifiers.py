@@ -419,8 +419,12 @@ def hardswish_forward(x):
 def hardswish_backward(dy, x):
     def rule(x, dy):
         x, dy = wide(x), wide(dy)
-        bend = either(holds(torch.le, x, -3, dy), 0.0, dy * (x / 3 + 0.5))
-        return either(holds(torch.lt, x, 3, dy), bend, dy)
+        left = holds(torch.le, x, -3, dy)
+        if left.dtype is torch.bool:
+            bend = either(left, 0.0, dy * (x / 3 + 0.5))
+        else:  # in place
+            bend = either(left, 0.0, (x / 3).add_(0.5).mul_(dy))
+        return either(holds(torch.lt, x, 3, dy), bend, dy, over=True)
 
     return by_elements(lambda x, dy: rule(x, dy).to(dy.dtype), x, dy)
 

@@ -46,7 +46,7 @@ def elu_forward(x, alpha, scale, input_scale):
 def elu_backward(dy, y, alpha, scale, input_scale):
     def slope(y):
         below = y + scale * alpha
-        return either(holds(torch.le, y, 0), below if input_scale == 1 else below * input_scale, scale)
+        return either(holds(torch.le, y, 0), below if input_scale == 1 else below * input_scale, scale, over=True)
 
     return chain(slope, dy, y)
 
@@ -54,7 +54,7 @@ def elu_backward(dy, y, alpha, scale, input_scale):
 def elu_backward_x(dy, x, alpha, scale, input_scale):
     def slope(x):
         below = torch.exp(x.clamp(max=0) * input_scale)  # not e^(cx) for all x: where it is infinite, its gradient is 0 · ∞
-        return either(holds(torch.le, x, 0), below * (scale * alpha * input_scale), scale)
+        return either(holds(torch.le, x, 0), below * (scale * alpha * input_scale), scale, over=True)
 
     return chain(slope, dy, x)
 

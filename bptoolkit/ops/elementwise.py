@@ -28,8 +28,11 @@ def holds(compare: Callable[..., Tensor], t: Tensor, bound: float, *others: Tens
     return compare(t, bound)
 
 
-def either(on: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
-    """A where `on`, else b; `on` is from `holds` and is used up; a tensor of the two has its dtype."""
+def either(on: Tensor, a: Tensor | float, b: Tensor | float, *, over: bool = False) -> Tensor:
+    """A where `on`, else b; `on` is from `holds` and is used up; a tensor of the two has its dtype.
+
+    With `over`, a is a tensor of the caller's own of on's shape, and may be written over too.
+    """
     if on.dtype is torch.bool:
         return torch.where(on, a, b)
     bits = BITS[on.element_size()]
@@ -40,7 +43,7 @@ def either(on: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     if not isinstance(b, Tensor) and b == 0 and isinstance(a, Tensor):
         return m.mul_(a.view(bits)).view(on.dtype)
     a, b = (t.view(bits) if isinstance(t, Tensor) else torch.full((), t, dtype=on.dtype).view(bits) for t in (a, b))
-    return m.mul_(a - b).add_(b).view(on.dtype)
+    return (a.sub_(b).mul_(m) if over else m.mul_(a - b)).add_(b).view(on.dtype)
 
 
 class OverInput(torch.autograd.Function):
