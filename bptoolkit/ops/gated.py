@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from bptoolkit.blocks import by_elements, by_rows
 from bptoolkit.cases import Case, Draw
-from bptoolkit.function import Rule
+from bptoolkit.function import Rule, unwatched
 from bptoolkit.op import Op
 from bptoolkit.ops.activation import gelu_slope, gelu_tanh_slope, silu_slope
 from bptoolkit.ops.elementwise import either, holds
@@ -49,6 +49,8 @@ def glu_backward(dy, x, dim):
 
 def gated_forward(activation, a, b):
     """y = b activation(a), rounded once."""
+    if wide(a) is a and unwatched(a, b):
+        return activation(a).mul_(b)
     return by_elements(lambda a, b: (activation(wide(a)) * wide(b)).to(a.dtype), a, b)
 
 
