@@ -14,6 +14,7 @@ Source    Dauphin et al., arXiv 1612.08083, eq. 1 (glu); Shazeer, arXiv 2002.052
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def glu_backward(dy, x, dim):
     d = dim % x.dim()
     if d == 0:
         return rule(x, dy, 0)
-    R = x.shape[:d].numel()  # what stands before dim is rows that may be taken block by block
+    R = prod(x.shape[:d])  # what stands before dim is rows that may be taken block by block
     rows = (t.reshape(R, *t.shape[d:]) for t in (x, dy))
     return by_rows(lambda x, dy: rule(x, dy, 1), *rows).reshape(x.shape)
 
