@@ -4,7 +4,7 @@ Maths     y_n = w[i_n]                                   dw_v = Σ_n [i_n = v] d
           scale_grad_by_freq                             dw_v = Σ_n [i_n = v] dy_n / c_v,  c_v = Σ_n [i_n = v]
           padding_idx = v                                dw_v = 0
 Letters   i indices (*B), n runs over them; w the table V E; y, dy *B E
-Numerics  the indices are kept and the table is not; half cotangents are summed in float32; index_add adds in the order of n
+Numerics  the indices are kept and the table is not; half cotangents are summed in float32; rows are added in the order of n
           on the CPU; max_norm rescales the rows that are looked up, in place, before the lookup, and is not differentiated
 Source    Bengio et al., "A neural probabilistic language model", 2003, section 2
 """
@@ -29,23 +29,29 @@ def sum_by(i, rows, V):
     return torch.zeros(V, *rows.shape[1:], dtype=rows.dtype, device=rows.device).index_add(0, i, rows)
 
 
-def frequencies(i, like, V):
-    """How often each index occurs, at each of its occurrences: N."""
-    return sum_by(i, torch.ones_like(i, dtype=like.dtype), V)[i]
-
-
-def scatter(i, rows, V, padding, by_freq, dtype):
-    """The table's gradient, from a cotangent per index: N, N E -> V E."""
+def scatter(i, rows, b, s, V, padding, by_freq, dtype):
+    """The table's gradient, Σ_n [i_n = v] s_n rows[b_n]: V E. Without b, b_n = n; without s, s_n = 1."""
     rows = wide(rows)
+    if rows.is_cpu and i.numel() and unwatched(i, rows, b, s):
+        dw = sum_sorted(i, rows, b, s, V)
+    else:
+        rows = rows if b is None else rows[b]
+        dw = sum_by(i, rows if s is None else rows * wide(s).unsqueeze(1), V)
     if by_freq:
-        rows = rows / frequencies(i, rows, V).unsqueeze(1)
-    if padding is None:
-        return sum_by(i, rows, V).to(dtype)
-    if unwatched(i, rows):
-        dw = sum_by(i, rows, V).to(dtype)
-        dw[padding] = 0
-        return dw
-    return sum_by(i, torch.where((i == padding).unsqueeze(1), 0, rows), V).to(dtype)
+        dw = dw / sum_by(i, torch.ones_like(i, dtype=dw.dtype), V).clamp_min(1).unsqueeze(1)
+    if padding is not None:
+        dw = torch.where((torch.arange(V, device=i.device) == padding).unsqueeze(1), 0, dw)
+    return dw.to(dtype)
+
+
+def sum_sorted(i, rows, b, s, V):
+    """The same sum as bags: bag v has the places where the index is v. index_add takes a microsecond a row on the CPU."""
+    i = i.long()
+    order, counts = torch.sort(i, stable=True)[1], torch.bincount(i, minlength=V)
+    places = order if b is None else b[order]
+    return torch._VF.embedding_bag(
+        rows.contiguous(), places, counts.cumsum(0) - counts, False, 0, False, s if s is None else s[order]
+    )[0]
 
 
 def scatter_sparse(name, i, rows, V, padding):
@@ -68,7 +74,7 @@ def backward(dy, i, V, padding, by_freq, sparse):
     i, rows = i.reshape(-1), dy.reshape(i.numel(), dy.shape[-1])
     if sparse and not _transforms_active():
         return scatter_sparse("embedding", i, rows, V, padding), None
-    return scatter(i, rows, V, padding, by_freq, dy.dtype), None
+    return scatter(i, rows, None, None, V, padding, by_freq, dy.dtype), None
 
 
 RULE = Rule("embedding", forward, backward, inputs="w i", outputs="y")

@@ -52,27 +52,22 @@ def forward(w, s, i, o, mode, padding, by_freq, sparse, V):
 def backward(dy, dm, w, s, i, o, m, mode, padding, by_freq, sparse, V, need):
     i, E = i.long(), dy.shape[1]
     dw = ds = None
+    b, d = bag_of(i, o), wide(dy)
+    if mode != "sum":
+        counts = sum_by(b, counting(i, padding, d), o.shape[0]).unsqueeze(1)  # B 1
     if mode == "max":
-        b = bag_of(i, o)
-        filled = sum_by(b, counting(i, padding, wide(dy)), o.shape[0]) > 0  # B: an empty bag has no maximum
-        at = torch.where(filled.unsqueeze(1), m.long(), 0) * E + torch.arange(E, device=i.device)  # B E
-        d = torch.where(filled.unsqueeze(1), wide(dy), 0)
-        dw = sum_by(at.reshape(-1), d.reshape(-1), V * E).reshape(V, E).to(dy.dtype)
-        return dw, None, None, None
-    b = bag_of(i, o)
-    rows = wide(dy)[b]  # N E
+        d, m = torch.where(counts > 0, d, 0), torch.where(counts > 0, m.long(), 0)  # an empty bag has no maximum
+        return torch.zeros(V, E, dtype=d.dtype, device=d.device).scatter_add(0, m, d).to(dy.dtype), None, None, None
     if need.s:
-        ds = ((rows * wide(w)[i]).sum(1) * counting(i, padding, rows)).to(s.dtype)
+        ds = ((d[b] * wide(w)[i]).sum(1) * counting(i, padding, d)).to(s.dtype)
     if need.w:
         if mode == "mean":
-            counts = sum_by(b, counting(i, padding, rows), o.shape[0])  # B
-            rows = rows / counts.clamp_min(1)[b].unsqueeze(1)
-        if s is not None:
-            rows = rows * wide(s).unsqueeze(1)
+            d = d / counts.clamp_min(1)
         if sparse and not _transforms_active():
+            rows = d[b] if s is None else d[b] * wide(s).unsqueeze(1)  # N E
             dw = scatter_sparse("embedding_bag", i, rows.to(dy.dtype), V, padding)
         else:
-            dw = scatter(i, rows, V, padding, by_freq, dy.dtype)
+            dw = scatter(i, d, b, s if s is None else wide(s), V, padding, by_freq, dy.dtype)
     return dw, ds, None, None
 
 

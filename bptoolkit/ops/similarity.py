@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
+from bptoolkit.blocks import by_rows
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import FLOAT32_CUDA, Op
@@ -44,8 +45,8 @@ def cosine_backward(dy, x1, x2, dim, eps, need):
     u2, v2, N2 = unit(wide(x2), dim, eps)
     dy = wide(dy).unsqueeze(dim)
     y = (u1 * u2).sum(dim, keepdim=True)
-    dx1 = (dy / N1 * (u2 - y * v1)).sum_to_size(x1.shape).to(x1.dtype) if need.x1 else None
-    dx2 = (dy / N2 * (u1 - y * v2)).sum_to_size(x2.shape).to(x2.dtype) if need.x2 else None
+    dx1 = (dy / N1 * (u2 - y * v1)).to(x1.dtype) if need.x1 else None
+    dx2 = (dy / N2 * (u1 - y * v2)).to(x2.dtype) if need.x2 else None
     return dx1, dx2
 
 
@@ -54,11 +55,14 @@ def distance_forward(x1, x2, p, eps, keepdim):
 
 
 def distance_backward(dy, x1, x2, p, eps, keepdim, need):
-    e = wide(x1) - wide(x2) + eps  # *B E
-    dy = wide(dy) if keepdim else wide(dy).unsqueeze(-1)
-    de = dy * norm_slope(e, p)
-    dx1 = de.sum_to_size(x1.shape).to(x1.dtype) if need.x1 else None
-    return dx1, -de.sum_to_size(x2.shape).to(x2.dtype) if need.x2 else None
+    M, E = math.prod(x1.shape[:-1]), x1.shape[-1]
+
+    def rule(x1, x2, dy):
+        e = wide(x1) - wide(x2) + eps  # M E
+        return (wide(dy) * norm_slope(e, p)).to(x1.dtype)
+
+    de = by_rows(rule, x1.reshape(M, E), x2.reshape(M, E), dy.reshape(M, 1)).reshape(x1.shape)
+    return de if need.x1 else None, -de if need.x2 else None
 
 
 def norm_slope(e, p):

@@ -92,6 +92,19 @@ def test_sparse_gradients(padding, bag):
     torch.testing.assert_close(dense, torch.autograd.grad(theirs(i, w, **{**kw, "sparse": False}).sin().sum(), w)[0])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_sorted_sum_is_the_plain_one(weighted, dtype):
+    """The CPU's way of adding rows up, against the traced one under create_graph."""
+    i, w = torch.randint(0, 50, (8, 40)), torch.randn(60, 7).to(dtype).requires_grad_()
+    s = torch.randn(8, 40).to(dtype) if weighted else None
+    for y in (f.embedding(i, w, 3, scale_grad_by_freq=True), f.embedding_bag(i, w, mode="sum", per_sample_weights=s)):
+        dy = torch.randn_like(y)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y, w, dy, retain_graph=True, create_graph=g)[0] for g in (False, True))
+        )
+
+
 def test_the_table_is_not_kept():
     w = torch.randn(5, 3, requires_grad=True) * 1.0
     kept = []
