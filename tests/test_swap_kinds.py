@@ -146,7 +146,7 @@ LEFT = {
     "an attribute named backend": (named_backend, "'backend'"),
     "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), "complex64"),
     "tensor subclass": (subclass_weight, "TwoTensor"),
-    "no op": (lambda: nn.Embedding(2, 2), "no op for Embedding"),
+    "no op": (lambda: nn.Identity(), "no op for Identity"),
     "empty container": (nn.Sequential, "container"),
     "own parameters": (OwnParameter, "container; what it does with its own parameters is not seen"),
 }
@@ -303,7 +303,7 @@ def gloo():
 
 
 def test_inside_ddp(gloo, ran):
-    inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 2))
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 2))
     model, x = nn.parallel.DistributedDataParallel(inner), torch.randn(3, 4)
     dy = torch.randn(3, 2)
     model(x).backward(dy)
