@@ -105,6 +105,8 @@ class Search:
         else:
             points = [base]
             moved = MOVED.get(name, ())
+            if self.contract.random and name in ("double_backward", "forward_mode"):  # draws may follow strides: `Trial.judge`
+                moved = tuple(f for f in moved if f != "layout")
             for letter, values in self.axes.sizes.items():
                 strange = (
                     values[1:] if letter == "case" else [v for v in values[1:] if v in (0, 1, 17, 33, "-", "0", "1", "2x3")]

@@ -137,9 +137,17 @@ class Trial:
             Wrong: a result differs from the truth by more than rounding explains.
         """
         dtype = dtype or self.point.torch_dtype
-        scales = self.noise(truth, inputs, dtype)
-        for k, (name, g, scale) in enumerate(zip(what, got, scales)):
-            self.hold(name, g, scale, dtype, None if native is None else native[k])
+        laid = [list(inputs)]
+        if self.contract.random and not all(t.is_contiguous() for t in inputs):
+            laid.append([t.contiguous() for t in inputs])  # draws follow the strides (`torch.rand_like`) or the positions
+        for attempt, tensors in enumerate(laid):
+            try:
+                for k, (name, g, scale) in enumerate(zip(what, got, self.noise(truth, tensors, dtype))):
+                    self.hold(name, g, scale, dtype, None if native is None else native[k])
+                return
+            except Wrong:
+                if attempt == len(laid) - 1:
+                    raise
 
     def noise(self, truth: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Noise | None]:
         """The exact results and the size of the rounding error in each of their elements."""

@@ -15,6 +15,7 @@ from trials import expect, trial_of
 
 from bptoolkit import OPS
 from bptoolkit.verify.properties import numeric, state
+from bptoolkit.verify.properties.values import compare_values
 from bptoolkit.verify.trial import NotApplicable, Trial, Wrong
 
 NAMES = (*state.__all__, "linear_in_cotangent", "finite_differences")
@@ -702,3 +703,46 @@ def test_wrong_is_certain():
     with pytest.raises(Wrong) as caught:
         state.memory(trial_of(last_on_class(), (3,)))
     assert caught.value.gross
+
+
+class ScatterRows(Function):
+    """`x.scatter(1, index, s)` with an index that is no argument: of three rows."""
+
+    index = torch.tensor([[0, 1], [2, 3], [1, 0]])
+
+    @staticmethod
+    def forward(ctx, x, s):
+        return x.scatter(1, ScatterRows.index, s)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.scatter(1, ScatterRows.index, 0.0), g.gather(1, ScatterRows.index)
+
+
+def test_other_sizes_are_those_at_which_the_reference_has_gradients():
+    def reference(x, s):
+        return x.scatter(1, ScatterRows.index, s)
+
+    expect("ok", state.interleaved_calls, ScatterRows.apply, (3, 5), (3, 2), reference=reference)
+
+
+@pytest.mark.parametrize("draw", [torch.rand_like, lambda x: torch.rand(x.shape, dtype=x.dtype)])
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "sliced"])
+def test_draws_may_follow_strides_or_positions(draw, layout):
+    def forward(ctx, x):
+        mask = (draw(x) > 0.3).to(x.dtype)
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    def reference(x):
+        return x * (torch.rand_like(x) > 0.3)
+
+    def kept(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+    def halved(ctx, g):
+        return g * ctx.saved_tensors[0] * 0.5
+
+    named = {"reference": reference, "contract": {"random": True}, "layout": layout}
+    expect("ok", compare_values, sine(kept, forward), (4, 5), **named)
+    expect("wrong", compare_values, sine(halved, forward), (4, 5), **named)

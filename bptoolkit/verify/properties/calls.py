@@ -105,13 +105,15 @@ def other_values(trial: Trial) -> Outputs:
 
 
 def other_sizes(trial: Trial) -> Outputs | None:
-    """Values of a longer leading dimension, if the reference takes them."""
+    """Values of a longer leading dimension, if the reference takes them, gradients and all."""
     if trial.reference is None or not trial.values or not trial.values[0].dim():
         return None
     lead = trial.values[0].shape[0]
     values = tuple(torch.cat([v, 0.5 * v]) if v.dim() and v.shape[0] == lead else v for v in trial.values)
     try:
-        trial.run([v.double() for v in values], trial.reference)
+        xs = [v.double().requires_grad_(n) for v, n in zip(values, trial.need)]
+        outputs = trial.run(xs, trial.reference)
+        pull(outputs, xs, trial.cotangents(outputs))  # an index that stays as it is may be too short for the gradient alone
         trial.run([v.clone() for v in values])
     except Exception:
         return None

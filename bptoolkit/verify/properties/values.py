@@ -45,7 +45,8 @@ def truth_of(trial: Trial, n: int) -> Callable[[Sequence[Tensor]], list[Any]]:
     need = trial.need if trial.reference is not None else (True,) * n
 
     def truth(tensors: Sequence[Tensor]) -> list[Any]:
-        ys = [t.detach().contiguous().clone().requires_grad_(k) for t, k in zip(tensors[:n], need)]
+        laid = [t.detach() if trial.contract.random else t.detach().contiguous() for t in tensors[:n]]  # see `Trial.judge`
+        ys = [t.clone().requires_grad_(k) for t, k in zip(laid, need)]
         outputs = trial.run(ys, trial.oracle)
         grads = pull(outputs, ys, [c.detach().contiguous() for c in tensors[n:]])
         return [*(o.detach() for o in outputs), *(g if k else None for g, k in zip(grads, trial.need))]
