@@ -746,3 +746,45 @@ def test_draws_may_follow_strides_or_positions(draw, layout):
     named = {"reference": reference, "contract": {"random": True}, "layout": layout}
     expect("ok", compare_values, sine(kept, forward), (4, 5), **named)
     expect("wrong", compare_values, sine(halved, forward), (4, 5), **named)
+
+
+def adds_to_grad(ctx, g):
+    (x,) = ctx.saved_tensors
+    if x.grad is not None and not torch.is_grad_enabled():
+        x.grad.add_(g * x.cos())
+        return None
+    return g * x.cos()
+
+
+def forgets_to_say_so(ctx, x):
+    ctx.save_for_backward(x.clone())
+    with torch.no_grad():
+        x.sin_()
+    return x.clone()
+
+
+class SineInPlace(Function):
+    """Sine over its input, said so."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.clone())
+        return x.sin_()
+
+    backward = staticmethod(right)
+
+
+def test_nothing_changed_looks_at_grad_and_history():
+    judge = state.nothing_changed
+    expect("wrong", judge, sine(adds_to_grad), (3,), says="wrote to x.grad")
+    expect("ok", judge, SineInPlace.apply, (3,), contract={"mutates": "x"})
+    expect("wrong", judge, sine(right, forgets_to_say_so), (3,), contract={"mutates": "x"}, says="to autograd it is what it was")
+
+    def renormed(x):
+        with torch.no_grad():
+            x.mul_(0.5)
+        return x.sin()
+
+    expect("ok", judge, renormed, (3,), reference=renormed, contract={"mutates": "x"})
+    expect("wrong", judge, renormed, (3,), reference=lambda x: (0.5 * x).sin(), contract={"mutates": "x"})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from types import FunctionType
@@ -38,7 +38,8 @@ def nothing_changed(trial: Trial) -> None:
     """Inputs, other arguments, outputs, cotangents and saved tensors stay bit for bit, and so does the memory beside them.
 
     Catches kernels that write over what they were given (Liger#272, `.data`, out of bounds), which no version counter shows.
-    What the contract names in `mutates` may change; an input that does must have its version counter bumped.
+    What the contract names in `mutates` may change; an input that does must have its version counter bumped, and the function in
+    its history. Backward leaves `.grad` alone.
     """
     xs = [guarded(x).requires_grad_(x.requires_grad) for x in trial.leaves()]
     made = call(trial, xs=xs)  # a first one fills caches
@@ -46,12 +47,17 @@ def nothing_changed(trial: Trial) -> None:
     passed = [x.clone() if n in trial.contract.mutates else x for n, x in zip(trial.names, xs)]
     others = {f"argument {k}": t for k, t in enumerate(_bound(trial.call))}
     watch = _Watch(trial, {f"input {n}": x for n, x in zip(trial.names, passed)} | others)
+    histories = [x.grad_fn for x in passed]
     outputs = forward(trial, passed)
     watch.hold("forward")
+    _hold_histories(trial, passed, histories, watch)
     cotangents = [guarded(c) for c in trial.cotangents(outputs)]
     kept = {f"saved tensor {k}": t for k, t in enumerate(saved(outputs))}
     kept |= {f"output {k}": o for k, o in enumerate(outputs)} | {f"cotangent {k}": c for k, c in enumerate(cotangents)}
     watch = _Watch(trial, watch.tensors | kept)
+    earlier = [torch.ones_like(x) if x.requires_grad else None for x in xs]
+    for x, e in zip(xs, earlier):
+        x.grad = e
     try:
         pull(outputs, xs, cotangents, retain_graph=True)
     except RuntimeError as error:
@@ -60,6 +66,37 @@ def nothing_changed(trial: Trial) -> None:
         pull(made.outputs, made.xs, made.cotangents)
         return
     watch.hold("backward")
+    for name, x, e in zip(trial.names, xs, earlier):
+        if x.grad is not e or (e is not None and not bool((e == 1).all())):
+            raise Wrong(f"backward wrote to {name}.grad: what it returns is added there anyway", what=f"{name}.grad changed")
+
+
+def _hold_histories(trial: Trial, passed: Sequence[Tensor], before: Sequence[Any], watch: _Watch) -> None:
+    """Raise if an input that requires grad was written to and is, for autograd, what it was; unless the reference does that."""
+    theirs: list[bool] | None = None
+    for k, (name, x, was) in enumerate(zip(trial.names, passed, before)):
+        if not x.requires_grad or was is None or x.grad_fn is not was:
+            continue
+        if torch.equal(memory_of(x), watch.before[f"input {name}"]):
+            continue
+        if theirs is None:
+            theirs = _silent_writes(trial)
+        if not theirs[k]:
+            raise Wrong(
+                f"forward writes to input {name}, and to autograd it is what it was, so that what is computed from it next gets "
+                "a wrong gradient: use ctx.mark_dirty",
+                what=f"history of {name}",
+            )
+
+
+def _silent_writes(trial: Trial) -> list[bool]:
+    """Per input: whether the reference writes to it without a trace in its history (as `embedding(max_norm=...)` does)."""
+    if trial.reference is None:
+        return [False] * len(trial.values)
+    ys = [x.double().requires_grad_(n).clone() for x, n in zip(trial.values, trial.need)]
+    before = [(y.detach().clone(), y.grad_fn) for y in ys]
+    trial.reference(*ys)
+    return [not same_bits(y, v) and y.grad_fn is f for y, (v, f) in zip(ys, before)]
 
 
 class _Watch:
