@@ -660,6 +660,8 @@ def test_linear_in_cotangent():
         lambda ctx, g: g * g * ctx.saved_tensors[0].cos(),
         lambda ctx, g: g / g.norm() * ctx.saved_tensors[0].cos(),
         lambda ctx, g: torch.where(g.abs() < 1e-3, 0.0, g) * ctx.saved_tensors[0].cos(),
+        lambda ctx, g: (g * ctx.saved_tensors[0].cos()).nan_to_num(0.0, 0.0, 0.0),
+        lambda ctx, g: torch.where(g.isnan(), 0.0, g) * ctx.saved_tensors[0].cos(),
     ):
         for point in ({}, {"dtype": "float32"}, {"seed": 1}):
             for reference in (None, torch.sin):
@@ -788,3 +790,27 @@ def test_nothing_changed_looks_at_grad_and_history():
 
     expect("ok", judge, renormed, (3,), reference=renormed, contract={"mutates": "x"})
     expect("wrong", judge, renormed, (3,), reference=lambda x: (0.5 * x).sin(), contract={"mutates": "x"})
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        torch.relu,
+        F.hardtanh,
+        torch.cumsum,
+        torch.linalg.inv,
+        lambda x: x.amax(-1),
+        lambda x: x.sort(-1).values,
+        lambda x: torch.where(x > 0, x, 0.0),
+        lambda x: x.tril() @ x,
+        lambda x: F.max_pool1d(x, 2),
+        lambda x: x.detach() * x.sum(),
+        lambda x: F.layer_norm(x, x.shape[-1:]),
+        lambda x: torch.linalg.eigh(x @ x.mT).eigenvalues,
+    ],
+)
+def test_what_is_not_finite_reaches_every_gradient_of_a_right_function(fn):
+    for dtype in ("float64", "float32"):
+        for cotangent in ("random", "rows", "one_hot"):
+            call = (lambda x: x.cumsum(-1)) if fn is torch.cumsum else fn
+            expect("ok", numeric.linear_in_cotangent, call, (4, 4), dtype=dtype, cotangent=cotangent)

@@ -20,9 +20,11 @@ COLUMNS = 4
 
 
 def linear_in_cotangent(trial: Trial) -> None:
-    """Backward is linear in the cotangent: of zero it is zero, of a sum the sum, of a thousandfold the thousandfold.
+    """Backward is linear in the cotangent: of zero it is zero, of a sum the sum, of a thousandfold the thousandfold; and what is
+    not finite stays so.
 
-    Catches thresholds, clipping and normalisation of the gradient, terms without the cotangent, and cotangents used twice.
+    Catches thresholds, clipping and normalisation of the gradient, terms without the cotangent, cotangents used twice, and
+    `nan_to_num`.
     """
     a = call(trial)
     b, zero = trial.cotangents(a.outputs, salt=17), [torch.zeros_like(c) for c in a.cotangents]
@@ -36,6 +38,7 @@ def linear_in_cotangent(trial: Trial) -> None:
         ):
             size = float(g.abs().nan_to_num(torch.inf).max())
             raise Wrong(f"gradient of {name} is not zero for a cotangent of zeros: {size:.3g}", what=f"gradient of {name}")
+    _hold_non_finite(trial, a.cotangents, of_a)
     much = 4.0 if trial.point.dtype == "float16" else 1024.0  # powers of two: only the sum below rounds
     for words, p, q in (
         ("a sum of two cotangents", 0.5, -0.25),
@@ -56,6 +59,22 @@ def _pulled(trial: Trial, cotangents: Sequence[Tensor]) -> list[Any]:
     return pull(
         made.outputs, made.xs, [c.clone() for c in cotangents] if "cotangents" in trial.contract.mutates else cotangents
     )
+
+
+def _hold_non_finite(trial: Trial, cotangents: Sequence[Tensor], usual: Sequence[Any]) -> None:
+    """Raise if an infinite or undefined cotangent does not reach a gradient that depends on it: what scales the loss for half
+    precision looks for it there, and skips the step."""
+    for word, value in (("infinity", torch.inf), ("NaN", torch.nan)):
+        try:
+            grads = _pulled(trial, [torch.full_like(c, value) for c in cotangents])
+        except Exception:  # a solver that checks what it is given
+            continue
+        for name, g, u in zip(trial.names, grads, usual):
+            if g is not None and u is not None and bool((g.isfinite() & u.isfinite() & (u != 0)).any()):
+                raise Wrong(
+                    f"gradient of {name} is finite for a cotangent of {word}: a gradient scaler does not see the overflow",
+                    what=f"gradient of {name}",
+                )
 
 
 def _not_zero_either(trial: Trial, zero: Sequence[Tensor]) -> bool:
