@@ -36,11 +36,12 @@ MOVED = {  # property -> the fields that its own points move; sizes always do
     "forward_mode": ("layout", "values"),
     "vmap": ("values",),
     "per_sample_gradients": ("values",),
+    "fake_tensors": ("layout", "dtype"),
     "checkpoint": ("layout", "dtype"),
     "devices": ("dtype", "layout", "cotangent"),
 }
 SHARED = frozenset(("compare_values", *VALUE_PROPERTIES))  # the shared comparison, by its own name and as one of its properties
-ONCE = ("compile", "autocast", "fake_tensors", "registration")  # costly, or independent of most axes: the simplest points only
+ONCE = ("compile", "autocast", "registration")  # costly, or independent of most axes: the simplest points only
 
 
 @dataclass

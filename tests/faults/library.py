@@ -134,6 +134,20 @@ FAULTS = [
         **SILU,
     ),
     Fault(
+        name="operator whose fake squeezes a batch of one",
+        kind="contract",
+        fn=scaled_silu("fake_squeezed", fake=lambda x, w: x.new_empty(x.shape).squeeze(0)),
+        caught_by=("fake_tensors", "registration", "compile"),
+        **SILU,
+    ),
+    Fault(
+        name="operator whose fake follows the strides of its input",
+        kind="layout",
+        fn=scaled_silu("fake_strides", fake=lambda x, w: torch.empty_like(x)),
+        caught_by=("fake_tensors", "registration", "compile"),
+        **SILU,
+    ),
+    Fault(
         name="operator saves its inputs in the wrong order",
         kind="value",
         fn=scaled_silu("saves_swapped", save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[::-1])),

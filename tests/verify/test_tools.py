@@ -12,6 +12,8 @@ from trials import expect, good_op, hides_a_write, no_fake, outcome, plain, sine
 
 from bptoolkit.verify.properties import tools
 
+ONE = "(Tensor x) -> Tensor"
+
 # torch.compile
 
 
@@ -228,3 +230,20 @@ def test_strides_of_fake_operators():
     expect("ok", tools.fake_tensors, good_op, (3, 4), given=good_op)
     expect("wrong", tools.fake_tensors, wrong_strides, (3, 4), given=wrong_strides, says="strides")
     expect("wrong", tools.fake_tensors, wrong_fake, (3, 4), given=wrong_fake, says="shape")
+
+
+def test_fake_operators_are_asked_at_other_sizes_and_strides():
+    from bptoolkit.verify import check
+
+    def operator(name, fake):
+        op = torch.library.custom_op(f"bptoolkit_test_tools::{name}", lambda x: x.sin().contiguous(), mutates_args=(), schema=ONE)
+        op.register_fake(fake)
+        op.register_autograd(
+            lambda ctx, g: g * ctx.saved_tensors[0].cos(),
+            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        )
+        return check(op, "x: B N -> B N", reference=torch.sin, properties=["fake_tensors"])
+
+    assert operator("fake_right", lambda x: x.new_empty(x.shape)).ok
+    assert not operator("fake_squeezes", lambda x: x.new_empty(x.shape).squeeze(0)).ok  # wrong for a batch of one alone
+    assert not operator("fake_follows", lambda x: torch.empty_like(x)).ok  # wrong for transposed inputs alone
