@@ -781,7 +781,9 @@ def test_nothing_changed_looks_at_grad_and_history():
     judge = state.nothing_changed
     expect("wrong", judge, sine(adds_to_grad), (3,), says="wrote to x.grad")
     expect("ok", judge, SineInPlace.apply, (3,), contract={"mutates": "x"})
-    expect("wrong", judge, sine(right, forgets_to_say_so), (3,), contract={"mutates": "x"}, says="to autograd it is what it was")
+    expect(
+        "wrong", judge, sine(right, forgets_to_say_so), (3,), contract={"mutates": "x"}, says="to autograd it is what it was"
+    )
 
     def renormed(x):
         with torch.no_grad():

@@ -236,7 +236,9 @@ def test_fake_operators_are_asked_at_other_sizes_and_strides():
     from bptoolkit.verify import check
 
     def operator(name, fake):
-        op = torch.library.custom_op(f"bptoolkit_test_tools::{name}", lambda x: x.sin().contiguous(), mutates_args=(), schema=ONE)
+        op = torch.library.custom_op(
+            f"bptoolkit_test_tools::{name}", lambda x: x.sin().contiguous(), mutates_args=(), schema=ONE
+        )
         op.register_fake(fake)
         op.register_autograd(
             lambda ctx, g: g * ctx.saved_tensors[0].cos(),
