@@ -6,7 +6,6 @@ They live in torch.testing._internal, which is private: what it lacks in some ve
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,13 +22,30 @@ os.environ.setdefault("PYTORCH_TESTING_DEVICE_ONLY_FOR", "cpu")
 methods = pytest.importorskip("torch.testing._internal.common_methods_invocations", reason="torch's samples need expecttest")
 modules = pytest.importorskip("torch.testing._internal.common_modules", reason="torch's samples need expecttest")
 
-close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
+
+def close(got: Any, want: Any, **kw: Any) -> None:
+    torch.testing.assert_close(got, want, equal_nan=True, **{"rtol": 1e-9, "atol": 1e-10, **kw})
+
+
+FLOAT32_CONSTANT = {"nn.functional.hardsigmoid", "nn.functional.celu"}
+"""Torch has 1/6, or 1/alpha, in float32 whatever the tensor's dtype is."""
+
+
+def bounds(name: str) -> dict[str, float]:
+    return {"rtol": 1e-7, "atol": 1e-7} if name in FLOAT32_CONSTANT else {}
+
+
 MOST = 1000 if LONG else 10  # samples of one op, spread evenly over all of them
 
 
 def _ours(info: Any) -> Callable[..., Any] | None:
     short = info.name.removeprefix("nn.functional.")
-    return getattr(bp.functional, short, None)
+    if short == "unfold" or (short in bp.OPS and bp.OPS[short].random) or short == "rrelu":
+        return None  # Tensor.unfold is another function; masks differ from torch's for one seed: tests/ops has them
+    ours = getattr(bp.functional, short, None)
+    if ours is not None and short.startswith("embedding"):  # torch's samples have the weight first
+        return lambda weight, indices, **options: ours(indices, weight, **options)
+    return ours
 
 
 OPS = {f"{i.name}{'.' + i.variant_test_name if i.variant_test_name else ''}": i for i in methods.op_db if _ours(i)}
@@ -45,7 +61,12 @@ def samples(name: str) -> list[Any]:
     torch.manual_seed(0)
     info = OPS[name]
     made = info.sample_inputs("cpu", torch.float64, requires_grad=True)
-    return spread(s for s in made if _differentiable(s) and not _draws(name, s))
+    return spread(s for s in made if _differentiable(s) and not _draws(name, s) and not _has_no_channels(name, s))
+
+
+def _has_no_channels(name: str, sample: Any) -> bool:
+    """batch_norm of a vector of length 0, which torch lets pass and ours refuses."""
+    return "batch_norm" in name and sample.input.dim() < 2
 
 
 def _draws(name: str, sample: Any) -> bool:
@@ -60,7 +81,9 @@ def _draws(name: str, sample: Any) -> bool:
 
 def _differentiable(sample: Any) -> bool:
     leaves, _ = tree_flatten((sample.input, sample.args, sample.kwargs))
-    return any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
+    return all(not isinstance(t, Tensor) or not t.requires_grad or t.is_floating_point() for t in leaves) and any(
+        isinstance(t, Tensor) and t.requires_grad for t in leaves
+    )
 
 
 def bind(fn: Callable[..., Any], sample: Any) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -119,46 +142,54 @@ each = pytest.mark.parametrize("name", OPS)
 @each
 def test_values_and_gradients(name):
     for ours, theirs, tensors, what in pairs(name):
-        close(grads(ours, tensors), grads(theirs, tensors), msg=lambda m, w=what: f"{w}\n{m}")
+        close(grads(ours, tensors), grads(theirs, tensors), msg=lambda m, w=what: f"{w}\n{m}", **bounds(name))
 
 
 @each
 def test_non_contiguous(name):
     for ours, theirs, tensors, what in pairs(name, lambda s: s.noncontiguous()):
-        close(grads(ours, tensors), grads(theirs, tensors), msg=lambda m, w=what: f"{w}\n{m}")
+        close(grads(ours, tensors), grads(theirs, tensors), msg=lambda m, w=what: f"{w}\n{m}", **bounds(name))
 
 
 @each
 def test_second_gradients(name):
+    if "chunked" in name:
+        pytest.skip("torch's own second derivatives of it are wrong: docs/findings.md")
     if not OPS[name].supports_gradgrad:
         pytest.skip("torch has no second derivative to compare with; tests/test_gradients.py has finite differences")
     for ours, theirs, tensors, what in pairs(name):
-        close(grads(ours, tensors, True), grads(theirs, tensors, True), msg=lambda m, w=what: f"{w}\n{m}")
+        close(grads(ours, tensors, True), grads(theirs, tensors, True), msg=lambda m, w=what: f"{w}\n{m}", **bounds(name))
 
 
 @each
 def test_forward_mode(name):
+    if "max_unpool" in name:
+        pytest.skip("where an index occurs twice, torch's two modes disagree; ours follow its reverse mode")
+    if "chunked" in name:
+        pytest.skip("torch's own forward mode of it raises")
     for ours, theirs, tensors, what in pairs(name):
         tangents = random_like(tensors, 2)
         got = torch.func.jvp(ours, tensors, tangents)
         if OPS[name].supports_forward_ad:
             want = torch.func.jvp(theirs, tensors, tangents)
-        else:  # by reverse over reverse
-            want = torch.autograd.functional.jvp(theirs, tensors, tangents)
-        close(got, want, msg=lambda m, w=what: f"{w}\n{m}")
+        else:  # ⟨u, J t⟩ = ⟨Jᵀ u, t⟩
+            want, pulled = grads(theirs, tensors)
+            pushed = sum((o * u).sum() for o, u in zip(got[1], random_like(tuple(want))))
+            got, want = (got[0], pushed), (tuple(want), sum((g * t).sum() for g, t in zip(pulled, tangents)))
+        close(got, want, msg=lambda m, w=what: f"{w}\n{m}", **bounds(name))
 
 
 @each
 def test_vmap(name):
     for ours, _, tensors, what in pairs(name):
-        batch = tuple(torch.stack([t, t.flip(0) if t.dim() else t * 2]) for t in tensors)
+        batch = tuple(torch.stack([t, t.flip(0)] if t.dim() else [t, t.clone()]) for t in tensors)
         try:
             got = torch.func.vmap(ours, randomness="same")(*batch)
         except (RuntimeError, NotImplementedError) as refused:
             assert "vmap" in str(refused), what  # says so by name
             continue
         want = [ours(*(t[k] for t in batch)) for k in range(2)]
-        close(got, tuple(torch.stack(o) for o in zip(*want)), msg=lambda m, w=what: f"{w}\n{m}")
+        close(got, tuple(torch.stack(o) for o in zip(*want)), msg=lambda m, w=what: f"{w}\n{m}", **bounds(name))
 
 
 @each
@@ -196,9 +227,9 @@ def test_modules(name):
             for module in made:
                 module.train(training)
                 torch.manual_seed(4)
-                held = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, sample.forward_input)
+                held = sample.forward_input
                 inputs = tree_map(
-                    lambda t: t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t,
+                    lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t,
                     (held.args, held.kwargs) if held is not None else ((), {}),
                 )
                 out = floats(module(*inputs[0], **inputs[1]))

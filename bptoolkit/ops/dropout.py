@@ -49,7 +49,7 @@ def affine(p: float, alpha: bool) -> tuple[float, float, float]:
 def masked(formula, t, s, p, lead):
     """formula(t, k), k being the mask in t's dtype."""
     shape = t.shape[:lead]
-    k = randomness.keep(s, shape, p).view(*shape, *(1,) * (t.dim() - lead))
+    k = randomness.keep(s, shape, p).view((*shape, *(1,) * (t.dim() - lead)))
 
     def rule(t, k):
         return formula(wide(t), k.to(wide(t).dtype)).to(t.dtype)
@@ -228,10 +228,12 @@ def feature_alpha_dropout(
 
     Raises:
         TypeError: the input is not a tensor of floating point.
-        ValueError: p is outside [0, 1], the input has fewer than 2 dimensions, or the named backend cannot run the call.
+        ValueError: p is outside [0, 1], the input has fewer than 2 dimensions in training, or the named backend cannot run
+            the call.
         RuntimeError: inplace=True and the input is a leaf that requires grad; or vmap with randomness="error".
     """
-    check_dims("feature_alpha_dropout", input, None)
+    if training:
+        check_dims("feature_alpha_dropout", input, None)
     return run(FEATURE_ALPHA, input, p, training, inplace, backend, 2, True)
 
 

@@ -20,7 +20,7 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule, unwatched
 from bptoolkit.op import FLOAT32_CUDA, Op
 from bptoolkit.ops import channel_norm
-from bptoolkit.ops.channel_norm import check_eps, check_input, check_per_channel, in_one_dtype
+from bptoolkit.ops.channel_norm import check_input, check_per_channel, in_one_dtype
 from bptoolkit.precision import wide
 
 
@@ -87,7 +87,6 @@ def group_norm(
         raise ValueError(
             f"group_norm: num_groups={num_groups} does not divide the {C} channels of input {tuple(input.shape)} into groups"
         )
-    check_eps("group_norm", eps, positive=False)
     if N * C // num_groups * input.shape[2:].numel() == 1:
         raise ValueError(
             f"group_norm: input {tuple(input.shape)} has one value per group of num_groups={num_groups}; it needs more"

@@ -423,6 +423,9 @@ def multi_margin_loss(
     reduction = resolve(op, reduction, size_average, reduce)
     if p != 1 and p != 2:
         raise ValueError(f"{op}: p={p} is not known; choose 1 or 2")
+    shape = None
+    if isinstance(input, Tensor) and isinstance(target, Tensor) and input.dim() < 2 and target.numel() == 1:
+        shape, input, target = target.shape, input.reshape(-1), target.reshape(())  # as torch: one sample, of 1 class if ()
     x, w = MULTI_OP.cast(input, weight)
     if isinstance(target, Tensor) and target.dtype != torch.int64:
         raise TypeError(f"{op}: target is {target.dtype}; class indices must be int64")
@@ -431,7 +434,7 @@ def multi_margin_loss(
     check_classes(op, x, target, w, None)
     x, k = (x, target) if x.dim() == 2 else (x.unsqueeze(0), target.unsqueeze(0))
     l = MULTI_RULE(x, w, k, int(p), float(margin), reduction, backend=MULTI_OP.pick(MULTI_RULE, backend, x, w))
-    return l.squeeze(0) if reduction == "none" and input.dim() == 1 else l
+    return l.reshape(shape) if reduction == "none" and shape is not None else l
 
 
 def multilabel_margin_loss(
@@ -469,6 +472,8 @@ def multilabel_margin_loss(
         found = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"{op}: target must be a tensor of int64, not {found}")
     same_shape(op, x, target)
+    if not x.dim():  # as torch: a scalar is the one class there is
+        input, x, target = input.reshape(1), x.reshape(1), target.reshape(1)
     if not 1 <= x.dim() <= 2:
         raise ValueError(f"{op}: input has shape {tuple(x.shape)}; it needs (N, C) or (C,)")
     C = x.shape[-1]

@@ -119,6 +119,8 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8, *
     x1, x2 = COSINE.cast(x1, x2)
     COSINE.check(x1, x2)
     shape = broadcast("cosine_similarity", x1, x2)
+    if not shape and dim in (0, -1):  # as torch: a scalar is a vector of one
+        return cosine_similarity(x1.reshape(1), x2.reshape(1), 0, eps, backend=backend)
     if not -len(shape) <= dim < len(shape):
         raise ValueError(f"cosine_similarity: dim={dim} is no dimension of {tuple(shape)}")
     dim = dim % len(shape) - len(shape)
@@ -134,7 +136,7 @@ def pairwise_distance(
     Args:
         x1: (*B, E), floating point.
         x2: broadcastable with x1.
-        p: of the norm, 0 … inf.
+        p: of the norm, any number or inf.
         eps: added to every difference.
         keepdim: keep the last dimension, of size 1.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
@@ -143,7 +145,7 @@ def pairwise_distance(
         (*B), or (*B, 1) with keepdim.
 
     Raises:
-        ValueError: the shapes cannot be broadcast or have no dimensions, p is negative, devices differ, or the named backend
+        ValueError: the shapes cannot be broadcast or have no dimensions, devices differ, or the named backend
             cannot run the call.
         TypeError: the tensors are not of one floating-point dtype.
     """
@@ -152,8 +154,6 @@ def pairwise_distance(
     shape = broadcast("pairwise_distance", x1, x2)
     if not len(shape):
         raise ValueError("pairwise_distance: x1 and x2 have no dimensions; they need (*B E)")
-    if not p >= 0:
-        raise ValueError(f"pairwise_distance: p={p}; it must be 0 or more")
     x1, x2 = x1.expand(shape), x2.expand(shape)
     args = (x1, x2, float(p), eps, keepdim)
     return DISTANCE_RULE(*args, backend=DISTANCE.pick(DISTANCE_RULE, backend, x1, x2))

@@ -38,8 +38,8 @@ def nothing_changed(trial: Trial) -> None:
     """Inputs, other arguments, outputs, cotangents and saved tensors stay bit for bit, and so does the memory beside them.
 
     Catches kernels that write over what they were given (Liger#272, `.data`, out of bounds), which no version counter shows.
-    What the contract names in `mutates` may change; an input that does must have its version counter bumped, and the function in
-    its history. Backward leaves `.grad` alone.
+    What the contract names in `mutates` may change; an input that does must have its version counter bumped, and the function
+    in its history. Backward leaves `.grad` alone.
     """
     xs = [guarded(x).requires_grad_(x.requires_grad) for x in trial.leaves()]
     made = call(trial, xs=xs)  # a first one fills caches
@@ -83,8 +83,8 @@ def _hold_histories(trial: Trial, passed: Sequence[Tensor], before: Sequence[Any
             theirs = _silent_writes(trial)
         if not theirs[k]:
             raise Wrong(
-                f"forward writes to input {name}, and to autograd it is what it was, so that what is computed from it next gets "
-                "a wrong gradient: use ctx.mark_dirty",
+                f"forward writes to input {name}, and to autograd it is what it was, so that what is computed from it next "
+                "gets a wrong gradient: use ctx.mark_dirty",
                 what=f"history of {name}",
             )
 
