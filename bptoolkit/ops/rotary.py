@@ -26,8 +26,8 @@ from bptoolkit.shapes import check_floating
 
 def split(x, R, interleaved):
     """The pairs' two halves, in the precision to compute in, and what stays."""
-    t, rest = wide(x[..., :R]), x[..., R:]
-    a, b = (t[..., ::2], t[..., 1::2]) if interleaved else (t[..., : R // 2], t[..., R // 2 :])
+    t, rest = wide(x.narrow(-1, 0, R)), x.narrow(-1, R, x.shape[-1] - R)
+    a, b = (t[..., ::2], t[..., 1::2]) if interleaved else (t.narrow(-1, 0, R // 2), t.narrow(-1, R // 2, R // 2))
     return a, b, rest
 
 
