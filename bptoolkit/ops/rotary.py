@@ -32,7 +32,7 @@ def split(x, R, interleaved):
 
 
 def join(a, b, rest, interleaved):
-    t = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    t = torch.stack((a, b), -1).reshape(*a.shape[:-1], 2 * a.shape[-1]) if interleaved else torch.cat((a, b), -1)
     t = t.to(rest.dtype)
     return torch.cat((t, rest), -1) if rest.shape[-1] else t
 
