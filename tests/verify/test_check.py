@@ -301,3 +301,11 @@ def test_an_empty_mean_is_no_finding():
     """torch's own decomposition divides by the number of elements in Python; that is not the function's fault."""
     report = check(F.mse_loss, "x: B N, y: B N ->", reference=F.mse_loss, properties=["gradient_value", "sizes"])
     assert report.ok, str(report)
+
+
+def test_what_is_wrong_without_gradients_alone_is_a_wrong_forward():
+    def fn(x):
+        return torch.sin(x) * (1.0 if torch.is_grad_enabled() else 1.01)
+
+    (failure,) = check(fn, "x: *B -> *B", reference=torch.sin, properties=["forward_value", "gradient_value"]).failures
+    assert failure.property == "forward_value" and "under torch.no_grad()" in failure.message

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bptoolkit.verify.trial import Outputs, Trial, Wrong, pull
+from bptoolkit.verify.trial import Outputs, Trial, Wrong, pull, same_bits
 
 
 def compare_values(trial: Trial) -> None:
@@ -38,6 +39,19 @@ def compare_values(trial: Trial) -> None:
     if trial.reference is not None and trial.point.dtype != "float64":
         native = _native(trial, tensors, n)
     trial.judge(what, got, truth, tensors, native)
+    unwatched = _without_gradients(trial)
+    if len(unwatched) == len(outputs) and not all(same_bits(u, o) for u, o in zip(unwatched, outputs)):
+        none = [None] * len(grads)
+        trial.judge([f"{w} under torch.no_grad()" for w in what], [*unwatched, *none], truth, tensors, native)
+
+
+def _without_gradients(trial: Trial) -> Outputs:
+    """The outputs where none is asked to be differentiable; nothing if the function refuses."""
+    try:
+        with torch.no_grad():
+            return trial.run(trial.leaves())
+    except Exception:
+        return ()
 
 
 def truth_of(trial: Trial, n: int) -> Callable[[Sequence[Tensor]], list[Any]]:
@@ -98,7 +112,8 @@ def _named(name: str, doc: str) -> Callable[[Trial], None]:
 VALUE_PROPERTIES = {
     name: _named(name, doc)
     for name, doc in {
-        "forward_value": "The outputs equal the reference's. Catches a wrong forward with a consistent backward.",
+        "forward_value": "The outputs equal the reference's, under `torch.no_grad()` as well. Catches a wrong forward with a consistent "
+        "backward, and a path for inference that gives something else.",
         "gradient_value": "The gradient of every input equals autograd of the reference. Catches wrong factors, signs, terms, "
         "transposes, a mean for a sum, swapped and missing gradients, lost precision.",
         "sizes": "The same at sizes 0, 1, odd, and on both sides of 16, 32, 64 and 128. Catches blocks "
