@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bptoolkit.verify.explain import failure_of
-from bptoolkit.verify.inputs import clamp
+from bptoolkit.verify.inputs import clamp, is_long
 from bptoolkit.verify.point import DTYPES, Axes, Point
 from bptoolkit.verify.properties import PROPERTIES, QUICK
 from bptoolkit.verify.properties.values import AXIS_PROPERTY, VALUE_PROPERTIES, axes_of, compare_values, property_of
@@ -200,7 +200,7 @@ def _search_values(
     """The shared comparison over all rows; failures are shrunk, named by the axes that matter, and recorded once each."""
     moved = axes_of(chosen)
     fields = fields_of(search.axes, moved)
-    rows = list(search.rows(fields, "sizes" in moved, wide=not quick and len(moved) > 1))
+    rows = list(search.rows(fields, "sizes" in moved, not quick and len(moved) > 1, quick))
     if examples and len(moved) > 1:
         drawn = Axes(
             {k: v if "sizes" in moved else v[:1] for k, v in search.axes.sizes.items()},
@@ -209,7 +209,7 @@ def _search_values(
         found = drawn_points(drawn, search.seed, examples)
         rows += [replace(clamp(search.source, p), seed=search.seed * 1000 + p.seed % 1000) for p in found]
     explained: list[Point] = []
-    found_at_base = 0
+    found_at_base, slow = 0, False
     for k, point in enumerate(rows):
         if search.over():
             break
@@ -222,7 +222,14 @@ def _search_values(
         names = {AXIS_PROPERTY.get(a, "sizes") for a in off} or {"forward_value", "gradient_value"}
         if target.reference is None:
             names.discard("forward_value")
+        long = is_long(point)
+        if long and slow:
+            continue
+        started = time.monotonic()
         outcome = attempt(compare_values, search.trial_at, point)
+        slow = slow or (
+            long and time.monotonic() - started > 1.0
+        )  # a loop over steps, say: the longest take four times as long
         if isinstance(outcome, NotApplicable):
             for name in names:
                 search.why.setdefault(name, str(outcome))

@@ -27,6 +27,7 @@ SIZES = (1, 0, 2, 7, 16, 17, 33, 64, 65, 128, 129, 8, 15, 31, 32, 63, 127)
 QUICK_SIZES = (1, 0, 17, 33, 129)
 LEADING = ("3", "-", "0", "1", "2x3", "1x1", "3x0", "17", "2x1x2", "65", "129")
 QUICK_LEADING = ("3", "-", "0", "1", "2x3", "17")
+LONG = (257, 1025)  # past the larger blocks: each dimension once, the others small
 REGIMES = tuple(VALUES)
 MOST = 1 << 15  # elements of an argument: beyond, the largest sizes are taken back
 
@@ -61,6 +62,10 @@ class Source:
     def largest(self, point: Point) -> int:
         """The elements of the largest argument at a point."""
         return 0
+
+    def long(self) -> list[tuple[str, Any]]:
+        """(letter, size) beyond those of the other rows, the shorter ones first."""
+        return [(k, str(n) if k.startswith("*") else n) for n in LONG for k in self.sizes if k != "case"]
 
     def squares(self) -> list[dict[str, Any]]:
         """Sizes that are worth a visit although more than one letter moves: all alike, as a transposition needs to hide."""
@@ -308,6 +313,11 @@ def clamp(source: Source, point: Point) -> Point:
             break
         point = point.having(large, source.sizes[large][0])
     return point
+
+
+def is_long(point: Point) -> bool:
+    """Whether a size is one of `LONG`."""
+    return any(str(size) in map(str, LONG) for _, size in point.sizes)
 
 
 def _extent(size: Any) -> int:

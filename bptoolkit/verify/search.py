@@ -70,14 +70,14 @@ class Search:
         """Whether the time is up."""
         return time.monotonic() > self.deadline
 
-    def rows(self, fields: Sequence[str], sizes: bool, wide: bool) -> Iterator[Point]:
-        """The points of the shared comparison: sweeps, squares, then pairs where `wide`."""
+    def rows(self, fields: Sequence[str], sizes: bool, wide: bool, quick: bool = False) -> Iterator[Point]:
+        """The points of the shared comparison: sweeps, squares, pairs where `wide`, and long ones unless `quick`."""
         axes = Axes(
             {k: v if sizes else v[:1] for k, v in self.axes.sizes.items()},
             {f: v if f in fields else v[:1] for f, v in self.axes.fields.items()},
         )
         seen = set()
-        for k, point in enumerate(self._ordered(axes, sizes, wide)):
+        for k, point in enumerate(self._ordered(axes, sizes, wide, quick)):
             point = replace(clamp(self.source, point), seed=self.seed * 1000 + k)
             key = replace(point, seed=0)
             if key not in seen:
@@ -86,7 +86,7 @@ class Search:
         if not wide:  # a second draw of the simplest point, in case the first one happens to hide something
             yield replace(axes.base, seed=self.seed * 1000 + 999)
 
-    def _ordered(self, axes: Axes, sizes: bool, wide: bool) -> Iterator[Point]:
+    def _ordered(self, axes: Axes, sizes: bool, wide: bool, quick: bool) -> Iterator[Point]:
         yield from axes.sweep()
         for square in self.source.squares() if sizes else ():
             point = axes.base
@@ -95,6 +95,8 @@ class Search:
             yield point
         if wide:
             yield from axes.pairs(Random(self.seed))
+        if not quick and sizes:
+            yield from (axes.base.having(*pair) for pair in self.source.long())
 
     def own_rows(self, name: str, quick: bool) -> list[Point]:
         """The points at which a property of its own procedure is judged: few, each with something else that is strange."""
@@ -174,7 +176,7 @@ class Search:
         for axis in self.axes.off(point):
             fails: list[str] = []
             passes: list[str] = []
-            for value in self.axes.all[axis][:18]:
+            for value in dict.fromkeys((*self.axes.all[axis][:18], point.get(axis))):
                 if time.monotonic() > until and value != point.get(axis):
                     continue
                 bad = value == point.get(axis) or self.fails(judge, point.having(axis, value), found) is not None

@@ -206,6 +206,8 @@ def fault(name: str, kind: str, fn: Callable[..., Tensor], *caught_by: str) -> F
 FAULTS = [
     fault("linear dw twice", "value", changed(1, lambda dy, x, w: 2 * (dy.t() @ x)), "gradient_value"),
     fault("linear db negative", "value", changed(2, lambda dy, x, w: -dy.sum(0)), "gradient_value"),
+    fault("linear dw from 256 rows at most", "shape", changed(1, lambda dy, x, w: dy[:256].t() @ x[:256]), "sizes"),
+    fault("linear dx from 1024 columns at most", "shape", changed(0, lambda dy, x, w: dy[:, :1024] @ w[:1024]), "sizes"),
     fault("linear db mean for sum", "value", changed(2, lambda dy, x, w: dy.mean(0)), "gradient_value"),
     fault("linear dw off by 1e-6", "value", changed(1, lambda dy, x, w: (dy.t() @ x) * (1 + 1e-6)), "gradient_value"),
     Fault(

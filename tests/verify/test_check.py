@@ -309,3 +309,22 @@ def test_what_is_wrong_without_gradients_alone_is_a_wrong_forward():
 
     (failure,) = check(fn, "x: *B -> *B", reference=torch.sin, properties=["forward_value", "gradient_value"]).failures
     assert failure.property == "forward_value" and "under torch.no_grad()" in failure.message
+
+
+@pytest.mark.parametrize("block", [200, 256, 1024])
+def test_what_is_wrong_past_a_large_block_alone_is_a_matter_of_sizes(block):
+    class Squares(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square().sum(-1)
+
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            return 2 * x * dy[..., None] * (torch.arange(x.shape[-1]) < block)
+
+    for inputs in ("x: *B N -> *B", (torch.randn(4, 6),)):
+        report = check(Squares, inputs, reference=lambda x: x.square().sum(-1), properties=["gradient_value", "sizes"])
+        assert [f.property for f in report.failures] == ["sizes"], str(report)
+        assert report.failures[0].point.get("N" if isinstance(inputs, str) else "n6") in (257, 1025)

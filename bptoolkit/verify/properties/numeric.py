@@ -20,8 +20,8 @@ COLUMNS = 4
 
 
 def linear_in_cotangent(trial: Trial) -> None:
-    """Backward is linear in the cotangent: of zero it is zero, of a sum the sum, of a thousandfold the thousandfold; and what
-    is not finite stays so.
+    """Backward is linear in the cotangent: of zero it is zero, of a sum the sum, of a thousandfold the thousandfold; and
+    what is not finite stays so.
 
     Catches thresholds, clipping and normalisation of the gradient, terms without the cotangent, cotangents used twice, and
     `nan_to_num`.

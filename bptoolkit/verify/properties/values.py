@@ -112,11 +112,11 @@ def _named(name: str, doc: str) -> Callable[[Trial], None]:
 VALUE_PROPERTIES = {
     name: _named(name, doc)
     for name, doc in {
-        "forward_value": "The outputs equal the reference's, under `torch.no_grad()` as well. Catches a wrong forward with a consistent "
-        "backward, and a path for inference that gives something else.",
+        "forward_value": "The outputs equal the reference's, under `torch.no_grad()` as well. Catches a wrong forward with a "
+        "consistent backward, and a path for inference that gives something else.",
         "gradient_value": "The gradient of every input equals autograd of the reference. Catches wrong factors, signs, terms, "
         "transposes, a mean for a sum, swapped and missing gradients, lost precision.",
-        "sizes": "The same at sizes 0, 1, odd, and on both sides of 16, 32, 64 and 128. Catches blocks "
+        "sizes": "The same at sizes 0, 1, odd, on both sides of 16, 32, 64 and 128, and past 256 and 1024. Catches blocks "
         "without their rest, squeezed "
         "batches of one, empty tensors, sums that lose precision with their length.",
         "values": "The same for kinks and ties, large, small, constant and shifted values. Catches overflow, "
