@@ -96,7 +96,7 @@ class CharLM(LightningModule):
         self.model, self.loss, self.lr = Model(hidden, embedding, dropout), nn.CrossEntropyLoss(), lr
         self.state: State | None = None  # of training; evaluation has its own. Not a buffer: DDP would broadcast it
         self.eval_state: State | None = None
-        self.swapped = bp.swap(self) if layers == "bptoolkit" else None
+        self.swapped = bp.swap(self, exclude=lambda _, m: isinstance(m, torch.nn.Dropout)) if layers == "bptoolkit" else None
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         return self.model(x, state)

@@ -73,7 +73,7 @@ class Digits(LightningModule):
         super().__init__()
         self.model, self.loss = model(width, dropout), nn.CrossEntropyLoss()
         self.lr, self.weight_decay = lr, weight_decay
-        self.swapped = bp.swap(self) if layers == "bptoolkit" else None
+        self.swapped = bp.swap(self, exclude=lambda _, m: isinstance(m, torch.nn.Dropout)) if layers == "bptoolkit" else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)

@@ -20,6 +20,10 @@ def recurrent(gates):
     return lambda n, s: (r(n, 20 + s, 11), None, weights)
 
 
+def two(n, s):
+    return r(20 + s, n), torch.rand(20 + s, n)
+
+
 CALLS = {  # (length, what is added to the batch) -> arguments; every size differs from the others, or duck shaping guards it
     "linear": lambda n, s: (r(20 + s, n, 3), r(5, 3), r(5)),
     "conv1d": lambda n, s: (r(20 + s, 3, n), r(5, 3, 2)),
@@ -54,6 +58,38 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "prelu": lambda n, s: (r(20 + s, 3, n), r(3)),
     "glu": lambda n, s: (r(20 + s, n, 6),),
     **dict.fromkeys(("swiglu", "geglu", "reglu"), lambda n, s: (r(20 + s, n), r(20 + s, n))),
+    "rrelu": lambda n, s: (r(20 + s, n), 0.1, 0.3, False),
+    "batch_norm": lambda n, s: (r(20 + s, 3, n), None, None, r(3), r(3), True),
+    "group_norm": lambda n, s: (r(20 + s, 6, n), 2, r(6), r(6)),
+    "instance_norm": lambda n, s: (r(20 + s, 3, n), None, None, r(3), r(3)),
+    "rms_norm": lambda n, s: (r(20 + s, n, 6), (6,), r(6)),
+    "add_layer_norm": lambda n, s: (r(20 + s, n, 6), r(20 + s, n, 6), (6,), r(6), r(6)),
+    "add_rms_norm": lambda n, s: (r(20 + s, n, 6), r(20 + s, n, 6), (6,), r(6)),
+    "weight_norm": lambda n, s: (r(20 + s, n), r(20 + s, 1)),
+    "local_response_norm": lambda n, s: (r(20 + s, 6, n), 3),
+    "linear_cross_entropy": lambda n, s: (r(20 + s, 6), r(7, 6), torch.zeros(20 + s, dtype=torch.int64)),
+    **dict.fromkeys(("l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss", "hinge_embedding_loss"), two),
+    **dict.fromkeys(("soft_margin_loss", "multilabel_soft_margin_loss", "binary_cross_entropy_with_logits", "kl_div"), two),
+    "gaussian_nll_loss": lambda n, s: (r(20 + s, n), r(20 + s, n), torch.ones(20 + s, n)),
+    "nll_loss": lambda n, s: (r(20 + s, 7, n), torch.zeros(20 + s, n, dtype=torch.int64)),
+    "binary_cross_entropy": lambda n, s: (torch.rand(20 + s, n, requires_grad=True), torch.rand(20 + s, n)),
+    "margin_ranking_loss": lambda n, s: (r(20 + s, n), r(20 + s, n), torch.ones(20 + s, n)),
+    "multi_margin_loss": lambda n, s: (r(20 + s, 7), torch.zeros(20 + s, dtype=torch.int64)),
+    "multilabel_margin_loss": lambda n, s: (r(20 + s, 7), torch.zeros(20 + s, 7, dtype=torch.int64)),
+    "cosine_embedding_loss": lambda n, s: (r(20 + s, n), r(20 + s, n), torch.ones(20 + s)),
+    "triplet_margin_loss": lambda n, s: (r(20 + s, n), r(20 + s, n), r(20 + s, n)),
+    **{f"{kind}_pool1d": (lambda n, s: (r(20 + s, 3, n), 2)) for kind in ("max", "avg")},
+    **{f"{kind}_pool2d": (lambda n, s: (r(20 + s, 3, n, n + 40), 2)) for kind in ("max", "avg")},
+    **{f"{kind}_pool3d": (lambda n, s: (r(20 + s, 3, n, n + 40, 19), 2)) for kind in ("max", "avg")},
+    "lp_pool1d": lambda n, s: (r(20 + s, 3, n), 2.0, 2),
+    "lp_pool2d": lambda n, s: (r(20 + s, 3, n, n + 40), 2.0, 2),
+    "lp_pool3d": lambda n, s: (r(20 + s, 3, n, n + 40, 19), 2.0, 2),
+    **{f"adaptive_{kind}_pool1d": (lambda n, s: (r(20 + s, 3, n), 2)) for kind in ("max", "avg")},
+    **{f"adaptive_{kind}_pool2d": (lambda n, s: (r(20 + s, 3, n, 30), (2, 3))) for kind in ("max", "avg")},
+    **{f"adaptive_{kind}_pool3d": (lambda n, s: (r(20 + s, 3, n, 30, 19), (2, 3, 4))) for kind in ("max", "avg")},
+    "max_unpool1d": lambda n, s: (r(20 + s, 3, n), torch.arange(n).mul(2).expand(20 + s, 3, n), 2),
+    "max_unpool2d": lambda n, s: (r(20 + s, 3, n, 9), torch.arange(9 * n).reshape(n, 9).expand(20 + s, 3, n, 9), 2),
+    "max_unpool3d": lambda n, s: (r(20 + s, 3, n, 9, 4), torch.arange(36 * n).reshape(n, 9, 4).expand(20 + s, 3, n, 9, 4), 2),
     "mse_loss": lambda n, s: (r(20 + s, n), r(20 + s, n)),
     "cross_entropy": lambda n, s: (r(20 + s, 7, n), torch.zeros(20 + s, n, dtype=torch.int64)),
     "scaled_dot_product_attention": lambda n, s: (r(20 + s, 3, n, 4), r(20 + s, 3, n + 40, 4), r(20 + s, 3, n + 40, 6)),
