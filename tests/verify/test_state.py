@@ -5,6 +5,7 @@ from __future__ import annotations
 import random as python_random
 import threading
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
