@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 def wide(t: Tensor) -> Tensor:
     """t in float32 if it is bfloat16 or float16, else t itself: rules of several steps round once, at their end."""
-    return t.float() if t.dtype in _HALF else t
+    return t.float() if t.dtype in HALF else t

@@ -9,7 +9,8 @@ from bptoolkit.op import Op
 NAMES = (
     "linear",
     "activation",
-    "activation_rectifiers",
+    "activation_leaky",
+    "activation_hard",
     "activation_smooth",
     "gated",
     "softmax",
