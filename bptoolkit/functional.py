@@ -65,6 +65,8 @@ from bptoolkit.ops.interpolate import interpolate as interpolate
 from bptoolkit.ops.layer_norm import layer_norm as layer_norm
 from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from bptoolkit.ops.loss_likelihood import gaussian_nll_loss as gaussian_nll_loss
+from bptoolkit.ops.loss_likelihood import poisson_nll_loss as poisson_nll_loss
 from bptoolkit.ops.loss_margin import cosine_embedding_loss as cosine_embedding_loss
 from bptoolkit.ops.loss_margin import hinge_embedding_loss as hinge_embedding_loss
 from bptoolkit.ops.loss_margin import margin_ranking_loss as margin_ranking_loss
@@ -77,10 +79,8 @@ from bptoolkit.ops.loss_probability import binary_cross_entropy as binary_cross_
 from bptoolkit.ops.loss_probability import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from bptoolkit.ops.loss_probability import kl_div as kl_div
 from bptoolkit.ops.loss_probability import nll_loss as nll_loss
-from bptoolkit.ops.loss_regression import gaussian_nll_loss as gaussian_nll_loss
 from bptoolkit.ops.loss_regression import huber_loss as huber_loss
 from bptoolkit.ops.loss_regression import l1_loss as l1_loss
-from bptoolkit.ops.loss_regression import poisson_nll_loss as poisson_nll_loss
 from bptoolkit.ops.loss_regression import smooth_l1_loss as smooth_l1_loss
 from bptoolkit.ops.lp_pool import lp_pool1d as lp_pool1d
 from bptoolkit.ops.lp_pool import lp_pool2d as lp_pool2d

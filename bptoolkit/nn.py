@@ -65,6 +65,8 @@ from bptoolkit.ops.interpolate import UpsamplingNearest2d as UpsamplingNearest2d
 from bptoolkit.ops.layer_norm import LayerNorm as LayerNorm
 from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+from bptoolkit.ops.loss_likelihood import GaussianNLLLoss as GaussianNLLLoss
+from bptoolkit.ops.loss_likelihood import PoissonNLLLoss as PoissonNLLLoss
 from bptoolkit.ops.loss_margin import CosineEmbeddingLoss as CosineEmbeddingLoss
 from bptoolkit.ops.loss_margin import HingeEmbeddingLoss as HingeEmbeddingLoss
 from bptoolkit.ops.loss_margin import MarginRankingLoss as MarginRankingLoss
@@ -77,10 +79,8 @@ from bptoolkit.ops.loss_probability import BCELoss as BCELoss
 from bptoolkit.ops.loss_probability import BCEWithLogitsLoss as BCEWithLogitsLoss
 from bptoolkit.ops.loss_probability import KLDivLoss as KLDivLoss
 from bptoolkit.ops.loss_probability import NLLLoss as NLLLoss
-from bptoolkit.ops.loss_regression import GaussianNLLLoss as GaussianNLLLoss
 from bptoolkit.ops.loss_regression import HuberLoss as HuberLoss
 from bptoolkit.ops.loss_regression import L1Loss as L1Loss
-from bptoolkit.ops.loss_regression import PoissonNLLLoss as PoissonNLLLoss
 from bptoolkit.ops.loss_regression import SmoothL1Loss as SmoothL1Loss
 from bptoolkit.ops.lp_pool import LPPool1d as LPPool1d
 from bptoolkit.ops.lp_pool import LPPool2d as LPPool2d

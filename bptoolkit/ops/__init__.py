@@ -31,6 +31,7 @@ NAMES = (
     "cross_entropy",
     "linear_cross_entropy",
     "loss_regression",
+    "loss_likelihood",
     "loss_probability",
     "loss_margin",
     "attention",

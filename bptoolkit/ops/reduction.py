@@ -1,4 +1,4 @@
-"""What the losses share: reductions, their cotangents, deprecated arguments, broadcasting with a warning.
+"""What the losses share: reductions, their cotangents, deprecated arguments, broadcasting with a warning, the Op of a loss.
 
 Letters   ℓ the loss of one element or row; l the reduced loss; W what the mean divides by
           l = ℓ              dℓ = dl
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from bptoolkit.blocks import BLOCK, by_elements
-from bptoolkit.function import unwatched
+from bptoolkit.function import Rule, unwatched
+from bptoolkit.op import FLOAT32, Op
 from bptoolkit.precision import wide
 from bptoolkit.shapes import check_floating
 
@@ -125,3 +127,26 @@ def values_readable(t: Tensor) -> bool:
     if type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu or torch.compiler.is_compiling():
         return False
     return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+
+
+def loss_op(
+    call: Callable[..., Tensor],
+    reference: Any,
+    rules: Rule | tuple[Rule, ...],
+    module: Any,
+    shapes: str,
+    source: str,
+    **kw: Any,
+) -> Op:
+    """The Op of a loss, named as the function; in float32 under autocast, unless `kw` says otherwise."""
+    return Op(
+        name=call.__name__,
+        call=call,
+        reference=reference,
+        rules=rules if isinstance(rules, tuple) else (rules,),
+        module=(module,),
+        replaces=(module.__base__,),
+        shapes=shapes,
+        source=source,
+        **{"autocast": FLOAT32, **kw},
+    )
