@@ -37,6 +37,8 @@ from bptoolkit.ops.avg_pool import avg_pool2d as avg_pool2d
 from bptoolkit.ops.avg_pool import avg_pool3d as avg_pool3d
 from bptoolkit.ops.batch_norm import batch_norm as batch_norm
 from bptoolkit.ops.bilinear import bilinear as bilinear
+from bptoolkit.ops.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
+from bptoolkit.ops.binary_cross_entropy import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from bptoolkit.ops.conv import conv1d as conv1d
 from bptoolkit.ops.conv import conv2d as conv2d
 from bptoolkit.ops.conv import conv3d as conv3d
@@ -75,8 +77,6 @@ from bptoolkit.ops.loss_margin import multilabel_margin_loss as multilabel_margi
 from bptoolkit.ops.loss_margin import multilabel_soft_margin_loss as multilabel_soft_margin_loss
 from bptoolkit.ops.loss_margin import soft_margin_loss as soft_margin_loss
 from bptoolkit.ops.loss_margin import triplet_margin_loss as triplet_margin_loss
-from bptoolkit.ops.loss_probability import binary_cross_entropy as binary_cross_entropy
-from bptoolkit.ops.loss_probability import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from bptoolkit.ops.loss_probability import kl_div as kl_div
 from bptoolkit.ops.loss_probability import nll_loss as nll_loss
 from bptoolkit.ops.loss_regression import huber_loss as huber_loss

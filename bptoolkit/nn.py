@@ -36,6 +36,8 @@ from bptoolkit.ops.batch_norm import BatchNorm1d as BatchNorm1d
 from bptoolkit.ops.batch_norm import BatchNorm2d as BatchNorm2d
 from bptoolkit.ops.batch_norm import BatchNorm3d as BatchNorm3d
 from bptoolkit.ops.bilinear import Bilinear as Bilinear
+from bptoolkit.ops.binary_cross_entropy import BCELoss as BCELoss
+from bptoolkit.ops.binary_cross_entropy import BCEWithLogitsLoss as BCEWithLogitsLoss
 from bptoolkit.ops.conv import Conv1d as Conv1d
 from bptoolkit.ops.conv import Conv2d as Conv2d
 from bptoolkit.ops.conv import Conv3d as Conv3d
@@ -75,8 +77,6 @@ from bptoolkit.ops.loss_margin import MultiLabelSoftMarginLoss as MultiLabelSoft
 from bptoolkit.ops.loss_margin import MultiMarginLoss as MultiMarginLoss
 from bptoolkit.ops.loss_margin import SoftMarginLoss as SoftMarginLoss
 from bptoolkit.ops.loss_margin import TripletMarginLoss as TripletMarginLoss
-from bptoolkit.ops.loss_probability import BCELoss as BCELoss
-from bptoolkit.ops.loss_probability import BCEWithLogitsLoss as BCEWithLogitsLoss
 from bptoolkit.ops.loss_probability import KLDivLoss as KLDivLoss
 from bptoolkit.ops.loss_probability import NLLLoss as NLLLoss
 from bptoolkit.ops.loss_regression import HuberLoss as HuberLoss

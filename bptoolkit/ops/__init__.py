@@ -33,6 +33,7 @@ NAMES = (
     "loss_regression",
     "loss_likelihood",
     "loss_probability",
+    "binary_cross_entropy",
     "loss_margin",
     "attention",
     "multihead_attention",

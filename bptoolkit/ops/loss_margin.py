@@ -38,8 +38,8 @@ from bptoolkit.blocks import by_rows
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import FLOAT32, FLOAT32_CUDA, Op
+from bptoolkit.ops.binary_cross_entropy import LOGITS_RULE, same_shape, weight_like
 from bptoolkit.ops.cross_entropy import check_classes
-from bptoolkit.ops.loss_probability import LOGITS_RULE, same_shape, weight_like
 from bptoolkit.ops.reduction import (
     REDUCTIONS,
     broadcast,
