@@ -25,16 +25,7 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import FLOAT32_CUDA
 from bptoolkit.ops.loss_regression import bench, case, error
-from bptoolkit.ops.reduction import (
-    broadcast,
-    chain,
-    check_reduction,
-    floating,
-    loss_op,
-    reduced,
-    resolve,
-    values_readable,
-)
+from bptoolkit.ops.reduction import broadcast, chain, check_reduction, floating, loss_op, reduced, resolve, values_readable
 from bptoolkit.precision import wide
 from bptoolkit.shapes import check_floating
 

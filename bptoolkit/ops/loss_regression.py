@@ -20,16 +20,7 @@ from torch.nn import functional as F
 
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule, unwatched
-from bptoolkit.ops.reduction import (
-    REDUCTIONS,
-    broadcast,
-    check_reduction,
-    loss_op,
-    reduce,
-    reduced,
-    resolve,
-    share,
-)
+from bptoolkit.ops.reduction import REDUCTIONS, broadcast, check_reduction, loss_op, reduce, reduced, resolve, share
 from bptoolkit.precision import wide
 
 # --- the rules ----------------------------------------------------------------------------------------------------------------
