@@ -142,8 +142,6 @@ def test_compile_inductor(name):
 
 @each_op
 def test_compile_dynamic(name):
-    if name == "rrelu":
-        pytest.xfail("rrelu does not compile under dynamic=True yet")
     compiled_matches(call_of(name, dtype=torch.float32), "aot_eager", dynamic=True)
 
 

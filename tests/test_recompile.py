@@ -99,34 +99,8 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
 }
 
 
-MAKES_CONSTANTS = frozenset(
-    (
-        "rrelu",
-        "group_norm",
-        "instance_norm",
-        "linear_cross_entropy",
-        "kl_div",
-        "cosine_embedding_loss",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "lp_pool1d",
-        "lp_pool2d",
-        "lp_pool3d",
-    )
-)
-"""Ops whose graph is made again for another size, or not at all: a limit that is known and not yet mended."""
-known = pytest.mark.xfail(strict=True, reason="a size becomes a constant of the graph: compiled again for every shape")
-
-
 @pytest.mark.usefixtures("one_seed")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=known) if n in MAKES_CONSTANTS else n for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_batch_sizes_and_lengths_do_not_recompile(name):
     if name == "multi_head_attention_forward":
         pytest.skip("a composition of linear and scaled_dot_product_attention, which are tested here")

@@ -18,7 +18,7 @@ Source    Maas et al. 2013 (leaky_relu); He et al., arXiv 1502.01852 (prelu); Xu
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ def rrelu(
     """
     RRELU.check(input)
     check_numbers("rrelu", lower=lower, upper=upper)
-    if not (isfinite(lower) and isfinite(upper) and lower <= upper):
+    if not -inf < lower <= upper < inf:
         raise ValueError(f"rrelu: lower={lower} and upper={upper} must be finite, and lower not above upper")
     if not training:
         return _leaky(RRELU, input, (lower + upper) / 2, inplace, backend)

@@ -49,16 +49,16 @@ def avg_backward(dy, windows, size, last):
             g = adaptive_spread(g, 1 + k, size[k])
         return g
 
-    whole = all(Y and X % Y == 0 for X, Y in zip(size, windows))
+    whole = all(divides(Y, X) for X, Y in zip(size, windows))
     return by_samples(formula, dy, size, last)  # *B X
 
 
 def adaptive_spread(g, dim, X):
     """Σ g[j] / L[j] over the windows of one dimension that hold each of its X positions."""
     Y = g.shape[dim]
-    if X == Y:
+    if type(X) is int and X == Y:
         return g
-    if Y and X % Y == 0:
+    if divides(Y, X):
         return spread(g / (X // Y), dim, X // Y, X // Y, 0, X)
     if Y % X:  # else windows of one element each
         start, stop = bounds(Y, X, g.device)
@@ -72,6 +72,11 @@ def adaptive_spread(g, dim, X):
     return sum(h.index_select(dim, torch.where(start + t < stop, start + t, Y)) for t in range(1, most)) + h.index_select(
         dim, start
     )
+
+
+def divides(Y, X):
+    """Whether X positions fall into Y windows of one size; a graph for any X does not ask, and takes what is right for all."""
+    return type(X) is int and Y > 0 and X % Y == 0
 
 
 def bounds(Y, X, device):
@@ -88,7 +93,7 @@ def max_forward(x, windows, size, last):
 
 
 def max_backward(dy, i, windows, size, last):
-    return scatter(dy, i, size, last, add=any(Y == 0 or X % Y for X, Y in zip(size, windows)))  # *B X
+    return scatter(dy, i, size, last, add=not all(divides(Y, X) for X, Y in zip(size, windows)))  # *B X
 
 
 MAX_RULE = Rule("adaptive_max_pool", max_forward, max_backward, inputs="x", outputs="y i", constants="i")

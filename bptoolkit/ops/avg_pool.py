@@ -56,13 +56,13 @@ def transposed(g, kernel, stride, padding, ceil_mode, count_include_pad, divisor
                 g = g / D.reshape(-1, *(1,) * (g.dim() - 2 - k))
         else:
             g = g / (divisor or prod(kernel))
-        if last and disjoint:
+        if disjoint:
             return repeat(g, size)
         for k in reversed(range(n)):
             g = spread(g, 1 + k, kernel[k], stride[k], padding[k], size[k])
         return g
 
-    disjoint = kernel == stride and not any(padding) and not any(X % k for X, k in zip(size, kernel))
+    disjoint = last and kernel == stride and not any(padding) and not any(X % k for X, k in zip(size, kernel))
     blocks = any(k >= 2 * s for k, s in zip(kernel, stride))  # sums of several elements
     return by_samples(formula, g, size, last, blocks)
 

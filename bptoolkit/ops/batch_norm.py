@@ -14,6 +14,8 @@ Source    Ioffe & Szegedy, "Batch Normalization", arXiv 1502.03167, Algorithm 1 
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,7 +112,7 @@ def batch_norm(
         raise ValueError(f"batch_norm: {missing} is None but the other is not; give both running statistics or neither")
     if not training and running_mean is None:
         raise ValueError("batch_norm: running_mean and running_var are None; training=False needs them")
-    if training and input.shape[0] * input.shape[2:].numel() == 1:
+    if training and input.shape[0] * prod(input.shape[2:]) == 1:
         raise ValueError(f"batch_norm: input has shape {tuple(input.shape)}, one value per channel; training=True needs more")
     args = (input, weight, bias, running_mean, running_var, bool(training), momentum, eps)
     return RULE(*args, backend=OP.pick(RULE, backend, *args))[0]
@@ -175,7 +177,7 @@ def reference(input, running_mean, running_var, weight=None, bias=None, training
 def case(draw: Draw) -> Case:
     inner = tuple(draw.size() for _ in range(draw.choice((0, 1, 1, 2))))
     N, C = draw.size(), draw.size()
-    if N * torch.Size(inner).numel() == 1:
+    if N * prod(inner) == 1:
         N += 1
     w, b = (draw.tensor(C) if draw.random.random() < 0.75 else None for _ in range(2))
     running: tuple[Tensor | None, ...] = draw.tensor(C, grad=False), draw.tensor(C, grad=False).abs() + 0.5

@@ -13,6 +13,7 @@ Numerics  half inputs are normalized in float32, and m and r are float32
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Group:
     def __init__(self, x: Tensor, G: int) -> None:
         self.N, self.C, self.G = x.shape[0], x.shape[1], G
         self.K = self.C // G
-        self.M = self.K * x.shape[2:].numel()
+        self.M = self.K * prod(x.shape[2:])
 
     def sum(self, t: Tensor) -> Tensor:
         return t.reshape(self.N, self.G, self.K).sum(2)  # N C -> N G

@@ -17,6 +17,8 @@ Source    Bridle, "Probabilistic interpretation of feedforward classification ne
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,7 +115,7 @@ def forward_probabilities(x, q, w, reduction, smoothing):
 
 def backward_probabilities(dl, x, q, w, reduction, smoothing, need):
     shape = (x.shape[0], *x.shape[2:])
-    d = cotangent(dl, shape, torch.Size(shape).numel(), reduction)  # N *D: dℓ
+    d = cotangent(dl, shape, prod(shape), reduction)  # N *D: dℓ
     dx = dq = dw = None
     if need.x:
 

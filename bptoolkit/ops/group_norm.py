@@ -12,6 +12,8 @@ Source    Wu & He, "Group Normalization", arXiv 1803.08494, eq. 1-7
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ def forward(x, w, b, G, eps):
     if x.numel() == 0:  # torch's kernel gives a mean of NaN
         m = wide(x.new_zeros(x.shape[0], G))
         return torch.empty_like(x), m, m.clone()
-    sizes = x.shape[0], x.shape[1], x.shape[2:].numel(), G, eps
+    sizes = x.shape[0], x.shape[1], prod(x.shape[2:]), G, eps
     dense = x.dim() == 4 and unwatched(x) and x.is_contiguous(memory_format=torch.channels_last)  # vmap cannot be asked
     args = (x if dense else x.contiguous(), w, b)
     if in_one_dtype(x, w, b):
@@ -87,7 +89,7 @@ def group_norm(
         raise ValueError(
             f"group_norm: num_groups={num_groups} does not divide the {C} channels of input {tuple(input.shape)} into groups"
         )
-    if N * C // num_groups * input.shape[2:].numel() == 1:
+    if N * C // num_groups * prod(input.shape[2:]) == 1:
         raise ValueError(
             f"group_norm: input {tuple(input.shape)} has one value per group of num_groups={num_groups}; it needs more"
         )
@@ -107,7 +109,7 @@ class GroupNorm(nn.GroupNorm):
 def reference(input, num_groups, weight=None, bias=None, eps=1e-5):
     """In plain torch."""
     N, C = input.shape[:2]
-    x = wide(input).reshape(N, num_groups, C // num_groups * input.shape[2:].numel())
+    x = wide(input).reshape(N, num_groups, C // num_groups * prod(input.shape[2:]))
     x = x - x.mean(2, keepdim=True)
     y = (x / (x.square().mean(2, keepdim=True) + eps).sqrt()).reshape(input.shape)
     shape = (1, C, *(1,) * (input.dim() - 2))
@@ -119,7 +121,7 @@ def case(draw: Draw) -> Case:
     inner = tuple(draw.size() for _ in range(draw.choice((0, 1, 1, 2))))
     N, C = draw.size(), draw.size()
     G = draw.choice([g for g in range(1, C + 1) if C % g == 0] or [1])
-    if N * C // G * torch.Size(inner).numel() == 1:
+    if N * C // G * prod(inner) == 1:
         N += 1
     w, b = (draw.tensor(C) if draw.random.random() < 0.75 else None for _ in range(2))
     return Case((draw.tensor(N, C, *inner), G, w, b), {"eps": draw.choice((1e-5, 0.1))})

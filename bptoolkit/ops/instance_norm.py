@@ -11,6 +11,7 @@ Source    Ulyanov, Vedaldi & Lempitsky, "Instance Normalization", arXiv 1607.080
 from __future__ import annotations
 
 import warnings
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def instance_norm(
         raise ValueError(f"instance_norm: {missing} is None but the other is not; give both running statistics or neither")
     if not use_input_stats and running_mean is None:
         raise ValueError("instance_norm: running_mean and running_var are None; use_input_stats=False needs them")
-    if use_input_stats and torch.Size(I).numel() == 1:
+    if use_input_stats and prod(I) == 1:
         raise ValueError(
             f"instance_norm: input {tuple(input.shape)} has one position; use_input_stats=True needs more than one"
         )
@@ -179,7 +180,7 @@ def reference(
 def case(draw: Draw) -> Case:
     N, C = draw.size(), draw.size()
     inner = tuple(draw.size() for _ in range(draw.choice((1, 1, 2))))
-    if torch.Size(inner).numel() == 1:
+    if prod(inner) == 1:
         inner = (*inner[:-1], 2)
     w, b = (draw.tensor(C) if draw.random.random() < 0.75 else None for _ in range(2))
     options = {"use_input_stats": draw.random.random() < 0.75, "eps": draw.choice((1e-5, 0.1))}

@@ -12,6 +12,7 @@ Source    Wijmans et al., "Cut your losses in large-vocabulary language models",
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def rows_of(N, C, alone):
 def forward(x, w, b, v, k, ignore, reduction, smoothing, full):
     k, counts, vk = at_index(x, v, k, ignore)  # N
     C, ls = w.shape[0], []
-    for x1, k1, v1 in zip(*(t.split(rows_of(len(x), C, unwatched(x, w, b))) for t in (x, k, vk))):
+    for x1, k1, v1 in zip(*(t.split(rows_of(x.shape[0], C, unwatched(x, w, b))) for t in (x, k, vk))):
         logp = torch.log_softmax(wide(F.linear(x1, w, b)), 1)  # R C
         l = (smoothing - 1) * v1 * logp.gather(1, k1.unsqueeze(1)).squeeze(1)  # R
         if smoothing:
@@ -51,7 +52,7 @@ def forward(x, w, b, v, k, ignore, reduction, smoothing, full):
 
 def backward(dl, x, w, b, v, k, ignore, reduction, smoothing, need):
     k, counts, vk = at_index(x, v, k, ignore)  # N
-    (N, C), alone = (len(x), w.shape[0]), unwatched(dl, x, w, b, v)
+    (N, C), alone = (x.shape[0], w.shape[0]), unwatched(dl, x, w, b, v)
     d = torch.where(counts, share(dl, vk.sum(), reduction), 0)  # N: dℓ
     hit, flat = (1 - smoothing) * d * vk, (smoothing / C) * d
     row = hit + flat * (C if v is None else wide(v).sum())  # N: dℓ Σ_c r_c
@@ -141,7 +142,7 @@ def linear_cross_entropy(
         )
     batched = input if input.dim() == 2 else input.unsqueeze(0)
     flat_bias = linear_bias if linear_bias is None else linear_bias.reshape(-1)
-    w = linear_weight if not K else linear_weight.reshape(K.numel() * C, I)
+    w = linear_weight if not K else linear_weight.reshape(prod(K) * C, I)
     SHAPES.check(op, batched, w, flat_bias)
     logits_shape = (*input.shape[:-1], C, *K)
     probabilities = isinstance(target, Tensor) and target.shape == logits_shape

@@ -15,7 +15,7 @@ Source    Bromley et al. 1993 (cosine_embedding); Schroff et al. 2015, eq. 2 and
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def cosine_backward(dl, a, b, y, m, reduction, need):
     y = y.unsqueeze(-1)
     sign = ((y == -1) & (c - m >= 0)).to(c.dtype) - (y == 1).to(c.dtype)
     shape = torch.broadcast_shapes(c.shape, y.shape)
-    d = share(dl, shape.numel(), reduction)
+    d = share(dl, prod(shape), reduction)
     dc = (d.unsqueeze(-1) if reduction == "none" else d) * sign
     r = (A * B).rsqrt()
     da = (dc * (b2 * r - c / A * a2)).sum_to_size(a.shape).to(a.dtype) if need.a else None

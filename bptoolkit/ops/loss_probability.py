@@ -160,7 +160,7 @@ def kl_div(
         ValueError: shapes that cannot be broadcast, or a reduction that does not exist.
         TypeError: the tensors are not of one floating-point dtype.
     """
-    if reduction == "mean" and size_average is None and reduce is None:
+    if reduction == "mean" and size_average is None and reduce is None and not torch.compiler.is_compiling():
         warnings.warn(
             "kl_div: reduction='mean' divides by the number of elements; 'batchmean' divides by the batch size, as the "
             "divergence is defined",

@@ -12,6 +12,7 @@ Source    Bridle, "Probabilistic interpretation of feedforward classification ne
 from __future__ import annotations
 
 import warnings
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def along(rule, y, dy, dim):
         return rule(y, dy, dim)
     if d == 1:
         return by_rows(lambda y, dy: rule(y, dy, 1), y, dy)
-    rows = (y.shape[:d].numel(), *y.shape[d:])  # R C *I
+    rows = (prod(y.shape[:d]), *y.shape[d:])  # R C *I
     return by_rows(lambda y, dy: rule(y, dy, 1), y.reshape(rows), dy.reshape(rows)).reshape(y.shape)
 
 

@@ -159,7 +159,8 @@ def spread(g: Tensor, dim: int, k: int, s: int, p: int, X: int) -> Tensor:
     a, b = k // s, k % s
     Q = -(-(X + p) // s)  # blocks
     before, after = (a if b else a - 1), Q - g.shape[dim]
-    h = F.pad(g, (0, 0) * (g.dim() - 1 - dim) + (before, after)) if before or after else g  # g[q] is h[q + before]
+    whole = before == 0 and type(after) is int and after == 0  # a graph for any size does not ask whether this one is
+    h = g if whole else F.pad(g, (0, 0) * (g.dim() - 1 - dim) + (before, after))  # g[q] is h[q + before]
     if not b:
         values = [(box(h, dim, a), s)]
     elif not a:
@@ -170,6 +171,8 @@ def spread(g: Tensor, dim: int, k: int, s: int, p: int, X: int) -> Tensor:
     blocks = [v if s == 1 else v.unsqueeze(dim + 1).expand(*v.shape[: dim + 1], r, *v.shape[dim + 1 :]) for v, r in values]
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim + 1)
     out = out if s == 1 else out.reshape(*g.shape[:dim], Q * s, *g.shape[dim + 1 :])
+    if type(X) is not int:  # whether a view is contiguous would be asked, and bound to this size
+        return out.index_select(dim, torch.arange(X, device=out.device) + p)
     return out.narrow(dim, p, X)
 
 
