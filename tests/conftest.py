@@ -36,3 +36,12 @@ def ran(monkeypatch):
     names, call = [], Rule.__call__
     monkeypatch.setattr(Rule, "__call__", lambda rule, *a, **k: (names.append(rule.name), call(rule, *a, **k))[1])
     return names
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 3 rows, 2 columns and 2 samples, so that small tensors take many, with a rest everywhere."""
+    from bptoolkit.ops import attention_tiles
+
+    monkeypatch.setattr(attention_tiles, "tile_size", lambda L, S, N, device, sides=None: (min(L, 3), min(S, 2)))
+    monkeypatch.setattr(attention_tiles, "tile_samples", lambda rows, columns, device: 2)

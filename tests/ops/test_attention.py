@@ -11,58 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from attending import DOUBLE, MASKS, close, dropped, gradients, keep_of, qkv, sdpa, with_mask
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, hessian, jacrev, vmap
+from torch.func import hessian, jacrev, vmap
 
-import bptoolkit as bp
-from bptoolkit.ops import attention_plain, attention_tiles
 from bptoolkit.ops.attention import RULE, reference
-
-sdpa = bp.functional.scaled_dot_product_attention
-close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
-DOUBLE = torch.float64
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Tiles of 3 rows, 2 columns and 2 samples, so that small tensors take many, with a rest everywhere."""
-    monkeypatch.setattr(attention_tiles, "tile_size", lambda L, S, N, device, sides=None: (min(L, 3), min(S, 2)))
-    monkeypatch.setattr(attention_tiles, "tile_samples", lambda rows, columns, device: 2)
-
-
-def qkv(*batch, L=5, S=7, E=4, Ev=3, seed=0, dtype=DOUBLE):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((*batch, L, E), (*batch, S, E), (*batch, S, Ev))
-    return tuple(torch.randn(s, generator=generator, dtype=DOUBLE).to(dtype).requires_grad_() for s in shapes)
-
-
-def gradients(fn, xs, seed=1):
-    out = fn(*xs)
-    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).to(out.dtype)
-    return out.detach(), torch.autograd.grad(out, xs, g, allow_unused=True)
-
-
-MASKS = {
-    "none": lambda: {},
-    "causal": lambda: {"is_causal": True},
-    "boolean": lambda: {"attn_mask": torch.rand(5, 7, generator=torch.Generator().manual_seed(5)) > 0.4},
-    "padding": lambda: {"attn_mask": torch.arange(7) < torch.tensor([7, 4]).view(2, 1, 1, 1)},
-    "heads": lambda: {"attn_mask": torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(5)) > 0.4},
-    "every": lambda: {"attn_mask": torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(5)) > 0.4},
-    "additive": lambda: {"attn_mask": torch.randn(2, 1, 5, 7, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))},
-    "row": lambda: {"attn_mask": torch.randn(7, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))},
-    "column": lambda: {"attn_mask": torch.randn(3, 5, 1, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))},
-}
-
-
-def with_mask(fn, kwargs):
-    """The function of q, k, v and, if it is additive, the mask; and the mask as a further input."""
-    m = kwargs.get("attn_mask")
-    if m is None or m.dtype == torch.bool:
-        return lambda q, k, v: fn(q, k, v, **kwargs), ()
-    return lambda q, k, v, m: fn(q, k, v, **{**kwargs, "attn_mask": m}), (m.clone().requires_grad_(),)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -245,121 +200,6 @@ def test_grouped_queries(small_tiles, mask):
     close(ours, gradients(lambda *t: reference(*t, enable_gqa=True), xs))
     one = (q, k, qkv(2, 2)[2])  # key and value need not have as many heads as each other
     close(gradients(lambda *t: sdpa(*t, enable_gqa=True), one), gradients(lambda *t: reference(*t, enable_gqa=True), one))
-
-
-# Dropout -------------------------------------------------------------------------------------------------------------------
-
-
-def keep_of(q, k, p, causal=False):
-    """The factor that the call after this one will use: the draw is repeated."""
-    state = torch.get_rng_state()
-    seed = torch.randint(0, 1 << 62, (), dtype=torch.int64)
-    torch.set_rng_state(state)
-    return attention_plain.KEEP(q.detach(), k.detach(), seed, causal, p)
-
-
-def dropped(z, causal=False):
-    def fn(q, k, v, m=None):
-        s = q @ k.mT * q.shape[-1] ** -0.5 + (0 if m is None else m)
-        if causal:
-            s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
-        return (s.softmax(-1) * z) @ v
-
-    return fn
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_dropout_in_every_order(small_tiles, causal):
-    """Against plain torch with the same mask, which is made again in each pass."""
-    p, m = 0.3, () if causal else (torch.randn(5, 7, dtype=DOUBLE).requires_grad_(),)
-    xs = (*qkv(2, 3), *m)
-    torch.manual_seed(3)
-    z = keep_of(*xs[:2], p, causal)
-    assert set(z.unique().tolist()) == {0.0, 1 / (1 - p)}
-
-    def orders(fn):
-        torch.manual_seed(3)
-        out = fn(*xs)
-        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE).requires_grad_()
-        first = torch.autograd.grad(out, xs, dout, create_graph=True)
-        scalar = sum((g.sin() * torch.arange(g.numel()).reshape(g.shape).cos()).sum() for g in first)
-        second = torch.autograd.grad(scalar, (dout, *xs), create_graph=True)
-        third = torch.autograd.grad(sum(g.sin().sum() for g in second), (dout, *xs))
-        return out, *first, *second, *third
-
-    def ours(*t):
-        return sdpa(*t, dropout_p=p, is_causal=causal)
-
-    close(orders(ours), orders(dropped(z, causal)))
-    torch.manual_seed(3)
-    tangents = tuple(t.detach().cos() for t in xs)
-    _, got = torch.func.jvp(ours, tuple(t.detach() for t in xs), tangents)
-    close(got, torch.func.jvp(dropped(z, causal), tuple(t.detach() for t in xs), tangents)[1])
-
-
-def test_dropout_share_and_scale():
-    q, k, _ = qkv(2, 4, L=150, S=600, dtype=torch.float32)
-    v = torch.ones(2, 4, 600, 1)
-    torch.manual_seed(0)
-    z = keep_of(q, k, 0.25)
-    assert abs(float((z == 0).double().mean()) - 0.25) < 0.003
-    rows = (z == 0).double()
-    assert abs(float((rows[0, 0] * rows[0, 1]).mean()) - 0.0625) < 0.003  # heads are independent
-    assert abs(float((rows[..., :128, :] * rows[..., 1:129, :]).mean()) - 0.0625) < 0.003
-    assert abs(float(sdpa(q, k, v, dropout_p=0.25).mean()) - 1) < 0.01
-    assert (sdpa(q, k, v, dropout_p=1.0) == 0).all()
-    assert not torch.equal(sdpa(q, k, v, dropout_p=0.5), sdpa(q, k, v, dropout_p=0.5))
-    torch.manual_seed(1)
-    one = sdpa(q, k, v, dropout_p=0.5)
-    torch.manual_seed(1)
-    assert torch.equal(one, sdpa(q, k, v, dropout_p=0.5))
-
-
-def test_dropout_is_replayed_by_checkpoint():
-    xs = qkv(2, 3)
-    fn = functools.partial(sdpa, dropout_p=0.4)
-    torch.manual_seed(2)
-    want = gradients(fn, xs)
-    torch.manual_seed(2)
-    out = torch.utils.checkpoint.checkpoint(fn, *xs, use_reentrant=False)
-    torch.rand(5)
-    close(out, want[0])
-    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
-    close(torch.autograd.grad(out, xs, g), want[1])
-
-
-def test_dropout_under_vmap(small_tiles):
-    """randomness="same" gives every sample one mask, "different" its own; jacrev replays the forward's."""
-    q, k, v = (t.detach() for t in qkv(3))
-    batch = torch.stack([q, q, q])
-
-    def f(q):
-        return sdpa(q, k, v, dropout_p=0.5)
-
-    same = vmap(f, randomness="same")(batch)
-    assert torch.equal(same[0], same[1])
-    different = vmap(f, randomness="different")(batch)
-    assert not torch.equal(different[0], different[1])
-    with pytest.raises(RuntimeError, match="randomness"):
-        vmap(f)(batch)
-    torch.manual_seed(4)
-    z = keep_of(q, k, 0.5)
-    torch.manual_seed(4)
-    close(jacrev(f)(q), jacrev(lambda q: dropped(z)(q, k, v))(q))
-    torch.manual_seed(4)
-    per_sample = vmap(grad(lambda q: f(q).sin().sum()), randomness="same")(batch)
-    close(per_sample[1], grad(lambda q: dropped(z)(q, k, v).sin().sum())(q))
-
-
-def test_dropout_compiles():
-    torch._dynamo.reset()
-    xs = qkv(2, 3, dtype=torch.float32)
-    fn = torch.compile(functools.partial(sdpa, dropout_p=0.5), fullgraph=True, backend="inductor")
-    out, grads = gradients(fn, xs)
-    v = xs[2]
-    (pull,) = torch.autograd.grad((fn(*xs[:2], torch.zeros_like(v) + v) * 0).sum(), v)
-    assert out.isfinite().all() and all(g.isfinite().all() for g in grads) and (pull == 0).all()
-    assert not torch.equal(fn(*xs), fn(*xs))
 
 
 # Compilers, dtypes, memory -------------------------------------------------------------------------------------------------

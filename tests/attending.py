@@ -1,0 +1,67 @@
+"""What the tests of attention share: its tensors, its masks, tiles small enough to have rests, the dropout of a call."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.utils.checkpoint
+
+import bptoolkit as bp
+from bptoolkit.ops import attention_plain
+
+sdpa = bp.functional.scaled_dot_product_attention
+close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
+DOUBLE = torch.float64
+
+
+def qkv(*batch, L=5, S=7, E=4, Ev=3, seed=0, dtype=DOUBLE):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((*batch, L, E), (*batch, S, E), (*batch, S, Ev))
+    return tuple(torch.randn(s, generator=generator, dtype=DOUBLE).to(dtype).requires_grad_() for s in shapes)
+
+
+def gradients(fn, xs, seed=1):
+    out = fn(*xs)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).to(out.dtype)
+    return out.detach(), torch.autograd.grad(out, xs, g, allow_unused=True)
+
+
+MASKS = {
+    "none": lambda: {},
+    "causal": lambda: {"is_causal": True},
+    "boolean": lambda: {"attn_mask": torch.rand(5, 7, generator=torch.Generator().manual_seed(5)) > 0.4},
+    "padding": lambda: {"attn_mask": torch.arange(7) < torch.tensor([7, 4]).view(2, 1, 1, 1)},
+    "heads": lambda: {"attn_mask": torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(5)) > 0.4},
+    "every": lambda: {"attn_mask": torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(5)) > 0.4},
+    "additive": lambda: {"attn_mask": torch.randn(2, 1, 5, 7, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))},
+    "row": lambda: {"attn_mask": torch.randn(7, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))},
+    "column": lambda: {"attn_mask": torch.randn(3, 5, 1, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))},
+}
+
+
+def with_mask(fn, kwargs):
+    """The function of q, k, v and, if it is additive, the mask; and the mask as a further input."""
+    m = kwargs.get("attn_mask")
+    if m is None or m.dtype == torch.bool:
+        return lambda q, k, v: fn(q, k, v, **kwargs), ()
+    return lambda q, k, v, m: fn(q, k, v, **{**kwargs, "attn_mask": m}), (m.clone().requires_grad_(),)
+
+
+def keep_of(q, k, p, causal=False):
+    """The factor that the call after this one will use: the draw is repeated."""
+    state = torch.get_rng_state()
+    seed = torch.randint(0, 1 << 62, (), dtype=torch.int64)
+    torch.set_rng_state(state)
+    return attention_plain.KEEP(q.detach(), k.detach(), seed, causal, p)
+
+
+def dropped(z, causal=False):
+    def fn(q, k, v, m=None):
+        s = q @ k.mT * q.shape[-1] ** -0.5 + (0 if m is None else m)
+        if causal:
+            s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+        return (s.softmax(-1) * z) @ v
+
+    return fn
