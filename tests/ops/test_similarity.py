@@ -99,5 +99,16 @@ def test_errors():
             fn(x, x.double())
     with pytest.raises(ValueError, match="cosine_similarity: dim=2"):
         f.cosine_similarity(x, x, 2)
-    with pytest.raises(ValueError, match="pairwise_distance: p=-1"):
-        f.pairwise_distance(x, x, -1.0)
+
+
+def test_what_torch_takes_too():
+    """A norm of negative p, and scalars as vectors of one."""
+    torch.manual_seed(0)
+    for ours, theirs, shape in (
+        (lambda x, y: f.pairwise_distance(x, y, -1.0), lambda x, y: F.pairwise_distance(x, y, -1.0), (2, 3)),
+        (lambda x, y: f.cosine_similarity(x, y, 0), lambda x, y: F.cosine_similarity(x, y, 0), ()),
+    ):
+        x, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        got, want = ours(x, y), theirs(x, y)
+        dy = torch.randn(got.shape, dtype=torch.float64)
+        torch.testing.assert_close((got, torch.autograd.grad(got, (x, y), dy)), (want, torch.autograd.grad(want, (x, y), dy)))
