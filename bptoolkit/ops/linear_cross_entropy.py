@@ -3,6 +3,7 @@
 Maths     a = x Wᵀ + b,  p = softmax(a) in each row
           ℓ = − Σ_c r_c log p_c,  r_c = (1 − ε) v_k [c = k] + (ε/C) v_c;  where k is the ignored index, r = 0
           da_c = dℓ (p_c Σ_c r_c − r_c)        dx = da W        dW = daᵀ x        db = Σ_n da
+          dv_c = − Σ_n dℓ_n ((1 − ε) [c = k_n] + ε/C) log p_nc, and for the mean − (dl l / Σ_n v_k) Σ_n [c = k_n] besides
 Letters   x input N I; W weight C I, w in the code; b bias C; k class indices N; v class weights C; ε smoothing
 Numerics  rows are taken R at a time: R C logits are held, never N C, and backward makes them again from the inputs, which are
           all that is kept; p from a − max a, not from a − log Σ eᵃ, which is rounded to the size of the logits;
@@ -50,15 +51,25 @@ def forward(x, w, b, v, k, ignore, reduction, smoothing, full):
     return l.to(torch.promote_types(x.dtype, torch.float32) if full else x.dtype)
 
 
-def backward(dl, x, w, b, v, k, ignore, reduction, smoothing, need):
+def backward(dl, x, w, b, v, k, l, ignore, reduction, smoothing, need):
     k, counts, vk = at_index(x, v, k, ignore)  # N
     (N, C), alone = (x.shape[0], w.shape[0]), unwatched(dl, x, w, b, v)
-    d = torch.where(counts, share(dl, vk.sum(), reduction), 0)  # N: dℓ
+    W = vk.sum()
+    d = torch.where(counts, share(dl, W, reduction), 0)  # N: dℓ
     hit, flat = (1 - smoothing) * d * vk, (smoothing / C) * d
     row = hit + flat * (C if v is None else wide(v).sum())  # N: dℓ Σ_c r_c
-    dxs, dw, db = [], None, None
-    for x1, k1, row1, hit1, flat1 in zip(*(t.split(rows_of(N, C, alone)) for t in (x, k, row, hit, flat))):
-        p = torch.softmax(wide(F.linear(x1, w, b)), 1)  # R C
+    dxs, dw, db, dv = [], None, None, torch.zeros_like(wide(v)) if need.v else None
+    if need.v and reduction == "mean":  # by W
+        dv = dv.index_add(0, k, torch.where(counts, -wide(dl) * wide(l) / W, 0))  # C
+    for x1, k1, row1, hit1, flat1, d1 in zip(*(t.split(rows_of(N, C, alone)) for t in (x, k, row, hit, flat, d))):
+        a = wide(F.linear(x1, w, b))  # R C
+        if need.v:
+            logp = torch.log_softmax(a, 1)  # R C
+            dv = dv.index_add(0, k1, (smoothing - 1) * d1 * logp.gather(1, k1.unsqueeze(1)).squeeze(1))
+            dv = dv - (flat1.unsqueeze(1) * logp).sum(0) if smoothing else dv  # C
+        if not (need.x or need.w or need.b):
+            continue
+        p = torch.softmax(a, 1)  # R C
         if alone:
             da = p.mul_(row1.unsqueeze(1)).scatter_add_(1, k1.unsqueeze(1), -hit1.unsqueeze(1))
         else:
@@ -77,10 +88,18 @@ def backward(dl, x, w, b, v, k, ignore, reduction, smoothing, need):
             part = da.sum(0)  # C
             db = part if db is None else db + part
     dx = torch.cat(dxs) if need.x else None
-    return dx, dw.to(w.dtype) if need.w else None, db.to(b.dtype) if need.b else None, None, None
+    return dx, dw.to(w.dtype) if need.w else None, db.to(b.dtype) if need.b else None, dv.to(v.dtype) if need.v else None, None
 
 
-RULE = Rule("linear_cross_entropy", forward, backward, inputs="x w b v k", outputs="l")
+_ALL = "x w b v k"
+RULE = Rule(
+    "linear_cross_entropy",
+    forward,
+    backward,
+    inputs="x w b v k",
+    outputs="l",
+    uses={"x": _ALL, "w": _ALL, "b": _ALL, "v": _ALL + " l"},
+)
 SHAPES = Shapes("input: N I, linear_weight: C I, linear_bias: C -> N")
 
 
@@ -99,8 +118,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(linear(input, ...), target)` of class indices, as `torch.nn.functional.linear_cross_entropy`.
 
-    With class indices the logits are made and used some rows at a time. Class probabilities, a K-dimensional loss and a
-    weight that requires grad are computed by `linear` and `cross_entropy`, logits and all.
+    With class indices the logits are made and used some rows at a time. Class probabilities and a K-dimensional loss are
+    computed by `linear` and `cross_entropy`, logits and all.
 
     Args:
         input: (N, I) or (I,), floating point.
@@ -115,7 +134,8 @@ def linear_cross_entropy(
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
-        A scalar, or target's shape (without the classes) for "none"; differentiable by input, linear_weight and linear_bias.
+        A scalar, or target's shape (without the classes) for "none"; differentiable by input,
+            linear_weight, linear_bias and weight.
 
     Raises:
         ValueError: shapes that disagree, an index out of range (checked on the CPU, outside transforms), a label_smoothing
@@ -149,8 +169,7 @@ def linear_cross_entropy(
     if probabilities and ignore_index is not None:
         raise ValueError(f"{op}: ignore_index={ignore_index} goes with class indices, not with probabilities")
     ignore = -100 if ignore_index is None else ignore_index
-    differentiated = weight is not None and weight.requires_grad
-    if probabilities or K or differentiated or backend not in ("auto", "eager"):
+    if probabilities or K or backend not in ("auto", "eager"):
         a = linear(input, w, flat_bias, backend=backend).reshape(logits_shape)
         kw: Any = {"ignore_index": ignore, "reduction": reduction, "label_smoothing": label_smoothing}
         return cross_entropy(a, target, weight, **kw, backend=backend)

@@ -237,3 +237,26 @@ X, K = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 def test_bad_input(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_linear_cross_entropy_by_its_weights(monkeypatch, reduction, smoothing):
+    """torch cannot differentiate by class weights; here is the sum written out, to second order and in forward mode."""
+    monkeypatch.setattr("bptoolkit.ops.linear_cross_entropy.CHUNK", 40)
+    monkeypatch.setattr("bptoolkit.ops.linear_cross_entropy.LEAST", 3)
+    torch.manual_seed(0)
+    x, w, v = (torch.randn(s, dtype=torch.float64) for s in ((8, 3), (5, 3), (5,)))
+    v, k = v.abs() + 0.5, torch.tensor([0, 1, 4, 2, 1, 3, 0, 1])
+
+    def ours(x, v):
+        return f.linear_cross_entropy(x, w, k, weight=v, ignore_index=1, reduction=reduction, label_smoothing=smoothing)
+
+    def plain(x, v):
+        logp, counts = torch.log_softmax(x @ w.T, 1), (k != 1).double()
+        share = (1 - smoothing) * F.one_hot(k, 5).double() + smoothing / 5
+        l = -(share * v * logp).sum(1) * counts
+        return l if reduction == "none" else l.sum() / (1 if reduction == "sum" else (v[k] * counts).sum())
+
+    for fn in (torch.func.jacrev, torch.func.jacfwd, lambda g, at: torch.func.jacrev(torch.func.jacrev(g, at), at)):
+        torch.testing.assert_close(fn(ours, (0, 1))(x, v), fn(plain, (0, 1))(x, v), rtol=1e-9, atol=1e-11)
