@@ -18,7 +18,6 @@ MODULES = (
     "pointwise",
     "rows",
     "state",
-    "in_place",
     "conv",
     "attention",
     "recurrent",
