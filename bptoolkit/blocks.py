@@ -26,7 +26,7 @@ def by_rows(formula: Callable[..., Tensor], first: Tensor, *others: Tensor | Non
     n, out = max(BLOCK * len(first) // first.numel(), 1), None
     for k in range(0, len(first), n):
         part = formula(first[k : k + n], *(t if t is None else t[k : k + n] for t in others))
-        if out is None and part.dim() == first.dim():
+        if out is None and part.shape[1:] == first.shape[1:]:
             out = torch.empty_like(first, dtype=part.dtype)
         elif out is None:
             out = part.new_empty(len(first), *part.shape[1:])

@@ -80,16 +80,17 @@ def weight_norm_forward(v, g, dims):
 
 
 def weight_norm_backward(dw, dn, v, g, n, dims, need):
-    v_, g_ = wide(v), wide(g)
     dv = dg = None
+    along = by_rows if 0 not in dims else lambda formula, *tensors: formula(*tensors)  # rows keep their own norms
+
     if dw is not None:
-        dw = wide(dw)
-        dg = (dw * v_).sum(dims, keepdim=True) / n
-        dv = dw * (g_ / n) - v_ * (g_ * dg / n.square()) if need.v else None
-    if dn is not None and need.v:
-        through_n = v_ * (dn / n)
-        dv = through_n if dv is None else dv + through_n
-    dv = dv.to(v.dtype) if dv is not None else None
+        dg = along(lambda v, dw, n: (wide(dw) * wide(v)).sum(dims, keepdim=True) / n, v, dw, n)
+    if need.v:
+        a = None if dw is None else wide(g) / n
+        c = 0 if dw is None else -a * dg / n
+        c = c if dn is None else c + dn / n  # dv = a dw + c v
+        rule = lambda v, dw, a, c: (wide(v) * c if dw is None else torch.addcmul(wide(dw) * a, wide(v), c)).to(v.dtype)  # noqa: E731
+        dv = along(rule, v, dw, a, c)
     return dv, dg.to(g.dtype) if dg is not None and need.g else None
 
 

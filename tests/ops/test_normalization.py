@@ -237,3 +237,15 @@ X, C, Z = torch.randn(4, 6), torch.randn(6), torch.randn(4)
 def test_errors(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_weight_norm_in_blocks():
+    """Rows enough that backward takes them block by block."""
+    torch.manual_seed(0)
+    v, g = (
+        torch.randn(900, 800, dtype=torch.float64, requires_grad=True),
+        torch.rand(900, 1, dtype=torch.float64).requires_grad_(),
+    )
+    dw = torch.randn(900, 800, dtype=torch.float64)
+    got, want = bp.functional.weight_norm(v, g, 0), v * (g / v.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(torch.autograd.grad(got, (v, g), dw), torch.autograd.grad(want, (v, g), dw))
