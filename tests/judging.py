@@ -35,3 +35,14 @@ def verdicts(reference, candidate, tensors, dtype, seed=0, native=True):
     scales = noise(pulled(reference, n), tensors, dtype, seed=seed)
     floor = pulled(reference, n)(tensors) if native and dtype is not torch.float64 else [None] * (n + 1)
     return [compare(k, s, dtype, f) for k, s, f in zip(pulled(candidate, n)(tensors), scales, floor)]
+
+
+def rms_norm(x, w):
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w
+
+
+def blocked_linear(x, w, b):
+    y = torch.zeros(x.shape[0], w.shape[0], dtype=up(x).dtype)
+    for k in range(0, x.shape[1], 7):
+        y = y + up(x)[:, k : k + 7] @ up(w)[:, k : k + 7].T
+    return (y + up(b)).to(x.dtype)

@@ -145,8 +145,13 @@ class Arithmetic(TorchDispatchMode):
         return bits.to(torch.float64).mul_(2.0**-63).to(t.dtype)
 
     def _reach(self, t: Tensor) -> Tensor:
-        """The error of a result at xi = 1, over the amplitude: the result, and for one that is not 0 at least `tiny`."""
-        return t.sign().mul_(self.tiny).add_(t) if self.tiny else t
+        """The error of a result at xi = 1, over the amplitude: the result, and for one that is not 0 at least `tiny`.
+
+        Finite, so that infinity stays what it is: -inf is what a mask writes, and -inf + inf would be NaN.
+        """
+        most = torch.finfo(t.dtype).max
+        reach = t.clamp(-most, most)
+        return reach.add_(t.sign(), alpha=self.tiny) if self.tiny else reach
 
     def _perturb_(self, t: Tensor) -> None:
         if t.is_floating_point() and t.numel() and not t._is_zerotensor():

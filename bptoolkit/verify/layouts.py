@@ -121,6 +121,12 @@ def _of(scale: float) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
     return lambda shape, g: scale * _normal(shape, g)
 
 
+def _huge(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    """Normal values of which the largest is 1000: a cube overflows float16, whatever the size of the tensor."""
+    t = _normal(shape, g)
+    return t * (1000.0 / t.abs().max().clamp(min=1e-3)) if t.numel() else t
+
+
 def _kinks(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     """Zeros, ties and the corners of piecewise functions, mixed with normal values."""
     table = torch.tensor(KINKS, dtype=torch.float64)
@@ -149,7 +155,7 @@ VALUES: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "kinks": _kinks,
     "large": _of(30.0),
     "small": _of(1e-3),
-    "huge": _of(300.0),
+    "huge": _huge,
     "tiny": _of(1e-6),
     "constant": _constant,
     "wide": _wide,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from random import Random
 from typing import Any
 
@@ -41,6 +42,7 @@ MOVED = {  # property -> the fields that its own points move; sizes always do
     "devices": ("dtype", "layout", "cotangent"),
 }
 SHARED = frozenset(("compare_values", *VALUE_PROPERTIES))  # the shared comparison, by its own name and as one of its properties
+PAST_TILES = (33, 65, 129)
 ONCE = ("compile", "autocast", "registration")  # costly, or independent of most axes: the simplest points only
 
 
@@ -94,9 +96,19 @@ class Search:
                 point = point.having(letter, n)
             yield point
         if wide:
+            yield from self._together(axes, sizes)
             yield from axes.pairs(Random(self.seed))
         if not quick and sizes:
             yield from (axes.base.having(*pair) for pair in self.source.long())
+
+    def _together(self, axes: Axes, sizes: bool) -> Iterator[Point]:
+        """Two axes that often need each other, all else simple, where the covering array has them amid something that hides
+        it: two dimensions past a tile (a causal mask hides the keys past it from fewer queries), and a dtype's range."""
+        letters = [k for k in axes.sizes if not k.startswith("*") and k != "case"] if sizes else []
+        for a, b in combinations(letters[:6], 2):
+            yield from (axes.base.having(a, n).having(b, n) for n in PAST_TILES)
+        for dtype in axes.fields["dtype"][1:]:
+            yield from (axes.base.having("dtype", dtype).having("values", v) for v in axes.fields["values"][1:])
 
     def own_rows(self, name: str, quick: bool) -> list[Point]:
         """The points at which a property of its own procedure is judged: few, each with something else that is strange."""

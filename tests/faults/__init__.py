@@ -18,6 +18,7 @@ MODULES = (
     "pointwise",
     "rows",
     "state",
+    "in_place",
     "conv",
     "attention",
     "recurrent",

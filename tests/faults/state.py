@@ -302,58 +302,6 @@ def dropout(again: bool) -> Callable[[Tensor], Tensor]:
     return Dropout.apply
 
 
-class ReluInPlace(Function):
-    """ReLU over its input, said so."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x.relu_()
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return dy * (y > 0)
-
-
-class ReluUnsaid(Function):
-    """ReLU over its input, of which autograd hears nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x.relu_()
-        ctx.save_for_backward(x > 0)
-        return x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (mask,) = ctx.saved_tensors
-        return dy * mask
-
-
-class SumsIntoGrad(Function):
-    """A scale whose gradient goes straight to where earlier ones are, as fused accumulation does."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, w = ctx.saved_tensors
-        dw = (dy * x).sum(0)
-        if w.is_leaf and w.grad is not None:
-            w.grad += dw
-            return dy * w, None
-        return dy * w, dw
-
-
 def subtract_in_place(x: Tensor) -> Tensor:
     """Less its largest, written over x."""
     return x.sub_(x.amax(-1, keepdim=True))
@@ -438,25 +386,6 @@ FAULTS = [
     _silu("silu forward seeds the generator", "randomness", ("global_rng",), forward=reseed),
     _silu("silu gradient has an unwritten tail", "shape", ("gradient_value", "sizes", "deterministic"), backward=empty_tail),
     _fault("bias gradient sums its rows in another order every time", "randomness", SHIFT, shift(shuffled), "deterministic"),
-    Fault(
-        name="relu writes to its input, and autograd hears nothing of it",
-        family="activation",
-        kind="mutation",
-        inputs="x: B N -> B N",
-        fn=ReluUnsaid.apply,
-        reference=torch.relu,
-        caught_by=("nothing_changed",),
-        contract={"mutates": ("x",)},
-    ),
-    Fault(
-        name="scale adds to the weight's .grad by itself",
-        family="norm",
-        kind="mutation",
-        inputs="x: B N, w: N -> B N",
-        fn=SumsIntoGrad.apply,
-        reference=torch.mul,
-        caught_by=("nothing_changed",),
-    ),
     _fault("dropout draws its mask again in backward", "randomness", STOCHASTIC, dropout(True), "gradient_value"),
 ]
 
@@ -467,12 +396,4 @@ TWINS = [
     Twin(name="softmax shifts a copy", fn=softmax(lambda x: x - x.amax(-1, keepdim=True)), **ROWS),
     Twin(name="bias gradient sums its rows in order", fn=shift(lambda t: t), **SHIFT),
     Twin(name="dropout keeps its mask", fn=dropout(False), **STOCHASTIC),
-    Twin(
-        name="relu in place, as declared",
-        family="activation",
-        inputs="x: B N -> B N",
-        fn=ReluInPlace.apply,
-        reference=torch.relu,
-        contract={"mutates": ("x",)},
-    ),
 ]
