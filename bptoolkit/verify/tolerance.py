@@ -80,8 +80,8 @@ def compare(got: Tensor, scale: Noise, dtype: torch.dtype, native: Tensor | None
     if scale.excluded is not None:
         judged = judged & ~scale.excluded
     held = judged
-    if n is not None:  # torch's own arithmetic stays finite there, however badly its formula rounds
-        held = judged | (exact.abs() < info.max / 2)
+    if n is not None:  # however badly the formula rounds, torch's own arithmetic is right there to the last digits
+        held = judged | (exact.abs() < info.max / 2) & ((n - exact).abs() <= 8 * unit * exact.abs() + least(dtype))
         held = held if scale.excluded is None else held & ~scale.excluded
     wrong = _nonfinite(k, exact, held, n)
     if wrong is not None:
