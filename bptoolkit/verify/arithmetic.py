@@ -78,6 +78,7 @@ class Arithmetic(TorchDispatchMode):
         amplitude: the relative error, a.
         tiny: below this magnitude the error no longer shrinks with the result (gradual underflow); 0 for none.
         wide_sums: sums are accumulated in a wider dtype than the results have, so that their length does not matter.
+        grid: round to the numbers of this dtype as well: ties are common there, and have no chance among the reals.
 
     Attributes:
         narrowed: the coarsest eps of the dtypes that the program casts wider tensors to, or 0.0.
@@ -85,8 +86,16 @@ class Arithmetic(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, seed: int, amplitude: float, tiny: float = 0.0, wide_sums: bool = True) -> None:
+    def __init__(
+        self,
+        seed: int,
+        amplitude: float,
+        tiny: float = 0.0,
+        wide_sums: bool = True,
+        grid: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.grid = grid
         self._seed, self.amplitude, self.tiny, self.wide_sums = seed, amplitude, tiny, wide_sums
         self._drawn = 0  # how many xi
         self.narrowed = 0.0
@@ -129,7 +138,8 @@ class Arithmetic(TorchDispatchMode):
         if isinstance(result, Tensor):
             if not result.is_floating_point() or not result.numel() or result._is_zerotensor():
                 return result
-            return torch.addcmul(result, self._reach(result), self.xi(result), value=self.amplitude)
+            moved = torch.addcmul(result, self._reach(result), self.xi(result), value=self.amplitude)
+            return moved if self.grid is None else moved.to(self.grid).to(moved.dtype)
         if isinstance(result, (tuple, list)):
             return type(result)(self.perturbed(r) for r in result) if type(result) in (tuple, list) else result
         return result

@@ -48,6 +48,7 @@ def noise(
     work: torch.dtype = torch.float64,
     seed: int = 0,
     repeats: int = 4,
+    probes: int = 3,
 ) -> list[Noise | None]:
     """The exact results of `run`, and the size of the rounding error in each of their elements.
 
@@ -59,17 +60,18 @@ def noise(
         seed: of the perturbations; the global generator is used only by `run` itself, from the same state each time, and is
             left as it was.
         repeats: number of perturbed runs.
+        probes: number of runs that look for jumps within a few units of a low-precision dtype.
     """
-    return _Measurement(run, inputs, dtype, work, seed, repeats).result()
+    return _Measurement(run, inputs, dtype, work, seed, repeats, probes).result()
 
 
 class _Measurement:
     """One call of `noise`."""
 
     def __init__(
-        self, run: Run, inputs: Sequence[Tensor], dtype: torch.dtype, work: torch.dtype, seed: int, repeats: int
+        self, run: Run, inputs: Sequence[Tensor], dtype: torch.dtype, work: torch.dtype, seed: int, repeats: int, probes: int
     ) -> None:
-        self.run, self.dtype, self.work, self.seed, self.repeats = run, dtype, work, seed, repeats
+        self.run, self.dtype, self.work, self.seed, self.repeats, self.probes = run, dtype, work, seed, repeats, probes
         self.inputs = [t.detach().to(work) if t.is_floating_point() else t.detach() for t in inputs]
         self.unit = torch.finfo(dtype).eps / 2
         self.own = torch.finfo(work).eps / 2  # error of `run` itself
@@ -110,14 +112,16 @@ class _Measurement:
                 out = self.run(given)
         return [None if o is None else o.detach().double() for o in out]
 
-    def _runs(self, numbers: Sequence[int] | range, amplitude: float, inputs: bool = True) -> list[list[Tensor | None]]:
+    def _runs(
+        self, numbers: Sequence[int] | range, amplitude: float, inputs: bool = True, grid: torch.dtype | None = None
+    ) -> list[list[Tensor | None]]:
         """Perturbed runs. The same number draws the same perturbations at every amplitude."""
         f16 = self.dtype is torch.float16
         wide = self.dtype.itemsize < 4
         out = []
         for k in numbers:
             mode = Arithmetic(
-                (self.seed * 1009 + k) & (2**62 - 1), amplitude, torch.finfo(self.dtype).tiny if f16 else 0.0, wide
+                (self.seed * 1009 + k) & (2**62 - 1), amplitude, torch.finfo(self.dtype).tiny if f16 else 0.0, wide, grid
             )
             out.append(self._evaluate(mode, inputs))
             self.narrowed = max(self.narrowed, mode.narrowed)
@@ -206,7 +210,9 @@ class _Measurement:
     ) -> None:
         """Exclude what jumps when the operations alone, not the inputs, err by a few units of a low-precision dtype."""
         reach = 3.0
-        runs = self._runs(range(100, 103), reach * self.unit, inputs=False)
+        runs = self._runs(range(100, 100 + self.probes), reach * self.unit, inputs=False)
+        if self.probes > 3:
+            runs += self._runs(range(200, 200 + self.probes), self.unit, inputs=False, grid=self.dtype)
         for k in judged:
             d = _deviations(exact, runs, k)
             if not d.numel():

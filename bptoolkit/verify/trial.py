@@ -140,19 +140,24 @@ class Trial:
         laid = [list(inputs)]
         if self.contract.random and not all(t.is_contiguous() for t in inputs):
             laid.append([t.contiguous() for t in inputs])  # draws follow the strides (`torch.rand_like`) or the positions
+
+        def hold(tensors: list[Tensor], **runs: int) -> None:
+            for k, (name, g, scale) in enumerate(zip(what, got, self.noise(truth, tensors, dtype, **runs))):
+                self.hold(name, g, scale, dtype, None if native is None else native[k])
+
         for attempt, tensors in enumerate(laid):
             try:
-                for k, (name, g, scale) in enumerate(zip(what, got, self.noise(truth, tensors, dtype))):
-                    self.hold(name, g, scale, dtype, None if native is None else native[k])
+                hold(tensors)
                 return
             except Wrong:
-                if attempt == len(laid) - 1:
+                if attempt == len(laid) - 1 and (self.reference is not None or dtype.itemsize > 2):
                     raise
+        hold(laid[-1], repeats=16, probes=32)  # the function itself is all there is: a jump must not be missed
 
-    def noise(self, truth: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Noise | None]:
+    def noise(self, truth: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype, **runs: int) -> list[Noise | None]:
         """The exact results and the size of the rounding error in each of their elements."""
         work = torch.float64 if self.reference is not None or self.wide else dtype
-        return noise(truth, inputs, dtype, work=work, seed=self.point.seed)
+        return noise(truth, inputs, dtype, work=work, seed=self.point.seed, **runs)
 
     def hold(
         self, what: str, got: Tensor | None, scale: Noise | None, dtype: torch.dtype, native: Tensor | None = None
@@ -163,6 +168,8 @@ class Trial:
         if got.shape != scale.exact.shape:
             raise Wrong(f"{what} has shape {tuple(got.shape)}, want {tuple(scale.exact.shape)}", what=what)
         verdict = compare(got, scale, dtype, native)
+        if verdict is not None and verdict.statistic == "nonfinite" and self._out_of_range(dtype):
+            return
         if verdict is not None:
             raise Wrong(
                 f"{what}: {verdict}",
@@ -173,6 +180,11 @@ class Trial:
                 what=what,
                 sigma=scale.sigma,
             )
+
+    def _out_of_range(self, dtype: torch.dtype) -> bool:
+        """Whether intermediate values may well leave float16, with no reference to say that they need not."""
+        most = max((float(v.abs().amax()) for v in self.values if v.numel()), default=0.0)
+        return dtype is torch.float16 and self.reference is None and most > 8
 
     @cached_property
     def oracle(self) -> Callable[..., Outputs]:
