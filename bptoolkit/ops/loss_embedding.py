@@ -59,7 +59,8 @@ def cosine_backward(dl, a, b, y, m, reduction, need):
 
 
 def distance_forward(x, y, q, eps):
-    return torch.linalg.vector_norm(wide(x) - wide(y) + eps, q, -1)  # wide: backward divides by it
+    n = torch.linalg.vector_norm(wide(x) - wide(y) + eps, q, -1, keepdim=True)  # wide: backward divides by it
+    return n.squeeze(-1)  # torch 2.11 keeps a size of 1 on meta without keepdim
 
 
 def distance_backward(dn, x, y, n, q, eps, need):

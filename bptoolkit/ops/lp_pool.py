@@ -15,7 +15,7 @@ Source    Sermanet, Chintala & LeCun, "Convolutional neural networks applied to 
 
 from __future__ import annotations
 
-from math import inf, prod
+from math import inf, isinf, prod
 from typing import Any
 
 import torch
@@ -164,9 +164,19 @@ def _case(n: int) -> Any:
     return case
 
 
-def reference3d(input, *args, **kwargs):
-    """torch's lp_pool3d, whose CPU kernel takes no half tensors."""
-    return F.lp_pool3d(wide(input), *args, **kwargs).to(input.dtype)
+def _reference(n: int) -> Any:
+    """torch's lp_pool, whose CPU kernel of 3 dimensions takes no half tensors; before 2.12 it takes no infinite norm."""
+
+    def reference(input, norm_type, *args, **kwargs):
+        if isinf(norm_type):
+            most = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[n - 1]
+            sign = 1 if norm_type > 0 else -1
+            return sign * most(sign * input.abs(), *args, **kwargs)
+        if n == 3:
+            return F.lp_pool3d(wide(input), norm_type, *args, **kwargs).to(input.dtype)
+        return (F.lp_pool1d, F.lp_pool2d)[n - 1](input, norm_type, *args, **kwargs)
+
+    return reference
 
 
 def bench_1d(draw: Draw) -> Case:
@@ -196,11 +206,11 @@ def _op(call: Any, reference: Any, module: Any, shapes: str, n: int, **kw: Any) 
     )
 
 
-LP_POOL1D = _op(lp_pool1d, F.lp_pool1d, LPPool1d, "input: *N C L -> *N C L'", 1, bench=bench_1d)
-LP_POOL2D = _op(lp_pool2d, F.lp_pool2d, LPPool2d, "input: *N C H W -> *N C H' W'", 2, bench=bench_2d)
+LP_POOL1D = _op(lp_pool1d, _reference(1), LPPool1d, "input: *N C L -> *N C L'", 1, bench=bench_1d)
+LP_POOL2D = _op(lp_pool2d, _reference(2), LPPool2d, "input: *N C H W -> *N C H' W'", 2, bench=bench_2d)
 LP_POOL3D = _op(
     lp_pool3d,
-    reference3d,
+    _reference(3),
     LPPool3d,
     "input: *N C D H W -> *N C D' H' W'",
     3,

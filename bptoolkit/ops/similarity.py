@@ -51,7 +51,8 @@ def cosine_backward(dy, x1, x2, dim, eps, need):
 
 
 def distance_forward(x1, x2, p, eps, keepdim):
-    return vector_norm(wide(x1) - wide(x2) + eps, p, -1, keepdim=keepdim).to(x1.dtype)
+    y = vector_norm(wide(x1) - wide(x2) + eps, p, -1, keepdim=True).to(x1.dtype)  # torch 2.11 keeps a size of 1 on meta anyway
+    return y if keepdim else y.squeeze(-1)
 
 
 def distance_backward(dy, x1, x2, p, eps, keepdim, need):
