@@ -7,8 +7,8 @@ Maths     h⁺ = max(h, 0), on = [h > 0]
                             dx_i = (dℓ/C) Σ_j on_ij, dx_j = − (dℓ/C) Σ_i on_ij
 Letters   all per row n of N; C classes, k the class of a row; m the margin; multilabel_soft_margin is
           binary_cross_entropy_with_logits, whose rule it runs, averaged over the classes
-Numerics  half tensors are computed in float32; multilabel_margin makes the N C C comparisons of every class with every place
-          for a label, so it is slow for many classes with few labels each; nothing of that size is kept
+Numerics  half tensors are computed in float32; multilabel_margin makes N J C comparisons, of every class with every label,
+          J the largest number of labels of a sample; where values cannot be read (compiled, under vmap) J is C. None is kept
 Source    Crammer & Singer 2001 (multi_margin); Crammer & Singer 2003 (multilabel_margin); Cox 1958 (multilabel_soft_margin)
 """
 
@@ -64,22 +64,28 @@ def multi_backward(dl, x, w, k, p, m, reduction, need):
 
 
 def labels(k):
-    """The labels, 0 where there is none; where there is one, before the first −1; and which classes are labels: N C each."""
+    """The labels, 0 where there is none, and where there is one, before the first −1: N J each; which classes are labels: N C.
+
+    J is the largest number of labels of a row where it can be read, else C.
+    """
     valid = (k >= 0).to(torch.int64).cumprod(1)
-    at = k.clamp(min=0)
+    if values_readable(k) and k.numel():
+        J = int(valid.sum(1).max())
+        at, valid = k[:, :J].clamp(min=0), valid[:, :J]
+    else:
+        at = k.clamp(min=0)
     return at, valid.bool(), torch.zeros_like(k).scatter_add(1, at, valid) > 0
 
 
-def excesses(x, k):
-    """h_ij, for each label j of a sample and class i, and where they count: N C C."""
-    at, valid, among = labels(k)
+def excesses(x, at, valid, among):
+    """h_ij, for each label j of a sample and class i, and where they count: N J C."""
     x = wide(x)
     return 1 - x.gather(1, at).unsqueeze(2) + x.unsqueeze(1), valid.unsqueeze(2) & ~among.unsqueeze(1)
 
 
 def multilabel_forward(x, k, reduction):
     def rule(x, k):
-        h, counts = excesses(x, k)
+        h, counts = excesses(x, *labels(k))
         return torch.where(counts, h.clamp(min=0), 0).sum((1, 2)) / x.shape[1]
 
     l = by_rows(rule, x, k)  # N
@@ -90,9 +96,10 @@ def multilabel_backward(dl, x, k, reduction):
     d = share(dl, x.shape[0], reduction).expand(x.shape[:1]) / x.shape[1]  # N
 
     def rule(x, k, d):
-        h, counts = excesses(x, k)
+        at, valid, among = labels(k)
+        h, counts = excesses(x, at, valid, among)
         on = (counts & (h > 0)).to(h.dtype) * d.reshape(-1, 1, 1)
-        return on.sum(1).scatter_add(1, labels(k)[0], -on.sum(2)).to(x.dtype)
+        return on.sum(1).scatter_add(1, at, -on.sum(2)).to(x.dtype)
 
     return by_rows(rule, x, k, d), None
 
