@@ -145,7 +145,7 @@ def test_a_mutant_that_does_not_exist(suite, capsys):
 
 def test_running_out_of_time_counts_as_noticed_and_is_listed(suite, capsys):
     suite(WEAK.replace("    assert x.grad", "    while (x.grad == 0).all():\n        pass\n    assert x.grad"))
-    assert mutate.main("mine.py:Mine", SCRIPT, only=["zero[x]"], timeout=12) == 0
+    assert mutate.main("mine.py:Mine", SCRIPT, only=["zero[x]"], timeout=20) == 0
     assert "out of time: zero[x]" in capsys.readouterr().out
 
 
