@@ -3,6 +3,7 @@
 from bptoolkit import functional as functional
 from bptoolkit import nn as nn
 from bptoolkit import verify as verify
+from bptoolkit.calls import functional_calls as functional_calls
 from bptoolkit.function import Rule as Rule
 from bptoolkit.op import Op as Op
 from bptoolkit.opaque import Opaque as Opaque

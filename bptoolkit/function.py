@@ -241,20 +241,32 @@ def batched_alike(outputs: Any, args: Any, constants: Any) -> tuple[torch.Tensor
     return tuple(o if k in constants else alike(o) for k, o in enumerate(outputs))
 
 
-class _NoAutocast:
-    """Run a rule as its tensors are; the public function has cast them already."""
+_hidden = 0  # blocks of functional_calls that are open, in any thread
 
-    __slots__ = ("guard",)
+
+def hidden(more: int) -> None:
+    """While more than 0 in sum, rules run out of sight of function modes, as torch's own kernels do."""
+    global _hidden
+    _hidden += more
+
+
+class _Apart:
+    """Run a rule as its tensors are, by torch's own functions; the public function has cast and chosen already."""
+
+    __slots__ = ("guards",)
 
     def __enter__(self) -> None:
-        self.guard = None
+        self.guards: list[Any] = []
         if _autocast():
-            self.guard = torch._C._DisableAutocast()
-            self.guard.__enter__()
+            self.guards.append(torch._C._DisableAutocast())
+        if _hidden:
+            self.guards.append(torch._C.DisableTorchFunction())
+        for guard in self.guards:
+            guard.__enter__()
 
     def __exit__(self, *exc: object) -> None:
-        if self.guard is not None:
-            self.guard.__exit__(*exc)
+        for guard in reversed(self.guards):
+            guard.__exit__(*exc)
 
 
 def _function(rule: Rule) -> type[torch.autograd.Function]:
@@ -279,8 +291,8 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
         @staticmethod
         def forward(backend: str, *args: Any) -> Any:
             run = (rule if backend == "eager" else kernel_of(backend, "forward")).forward
-            if _autocast():
-                with _NoAutocast():
+            if _hidden or _autocast():
+                with _Apart():
                     out = run(*args)
             else:
                 out = run(*args)
@@ -315,8 +327,8 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
             need, _ = rule.needed(ctx.needs_input_grad[1 : n + 1])
             args = rule.arrange((*cotangents, *ctx.saved_tensors, *options, need))
             run = (rule if backend == "eager" else kernel_of(backend, "backward", cotangents)).backward
-            if _autocast():
-                with _NoAutocast():
+            if _hidden or _autocast():
+                with _Apart():
                     grads = run(*args)
             else:
                 grads = run(*args)
@@ -337,7 +349,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
                 return tuple(g for g, wanted in zip(grads if n > 1 else (grads,), need) if wanted)
 
             like = [ctx.like[k] for k in live]
-            with _NoAutocast():
+            with _Apart():
                 zeros = [torch.zeros(s, dtype=d, device=v) for s, d, v in like]
                 pushed = torch.func.vjp(transpose, *zeros)[1](tuple(t for t in tangents[:n] if t is not None))
             out: list[Any] = [None] * len(rule.outputs)

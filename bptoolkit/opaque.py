@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bptoolkit.function import (
+    _Apart,
     _legacy_batched,
-    _NoAutocast,
     _transforms_active,
     plain_apply,
     primals,
@@ -198,7 +198,7 @@ def per_sample(call: Callable[..., Any], batch: int, dims: Sequence[int | None],
 
 def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]) -> Any:
     def run(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd(), _NoAutocast():
+        with torch._C._AutoDispatchBelowAutograd(), _Apart():
             return kernel(*args)
 
     _LIBRARY.define(name + schema, tags=_TAGS)

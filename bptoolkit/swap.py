@@ -10,6 +10,11 @@ What unswap needs is kept in the instance's `__dict__` under one name, so that d
 
     _bptoolkit_was = nn.Linear                          the class of a swapped module
     _bptoolkit_was = {"activation_relu_or_gelu": 1}     the attributes of a module that was adjusted
+
+and with `also=` and `functions=` under two more:
+
+    _bptoolkit_now = MyRMSNorm                          the class that `also` gave
+    _bptoolkit_hooks = (3, 4)                           the keys of the two hooks that `functions` needs
 """
 
 from __future__ import annotations
@@ -27,15 +32,17 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from bptoolkit.calls import Enter, leave
 from bptoolkit.choose import BACKENDS
 from bptoolkit.op import Op
 from bptoolkit.ops import OPS
 
 Which = str | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]  # one item of `only` and `exclude`
 
-_WAS = "_bptoolkit_was"
+_WAS, _NOW, _HOOKS = "_bptoolkit_was", "_bptoolkit_now", "_bptoolkit_hooks"
 _ABSENT: Any = object()
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_CONTAINERS = (nn.Sequential, *_NEVER_CALLED)
 
 # Inference fast paths that read their children's weights and call none of them: the attribute that turns each off, and off.
 _FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
@@ -110,6 +117,8 @@ def swap(
     *,
     only: Which | Iterable[Which] | None = None,
     exclude: Which | Iterable[Which] | None = None,
+    also: Mapping[type[nn.Module], type[nn.Module]] | None = None,
+    functions: bool = False,
     backend: str = "auto",
     rules: None = None,
 ) -> SwapReport:
@@ -118,8 +127,9 @@ def swap(
     Parameters, buffers, hooks, ties, shared instances, optimizer references and state_dict keys stay as they are; `unswap`
     restores the model exactly. If anything goes wrong on the way, nothing has changed.
 
-    Only modules can be swapped: what a `forward` does by functions (`F.relu(x)`, `x @ w`), or with a child's parameters rather
-    than by calling the child, is not seen. `only` and `exclude` may be, or be sequences of:
+    Modules are swapped, and with `functions=True` what a `forward` calls by name (`F.relu(x)`, `x @ w`; see
+    `functional_calls`). What it does with a child's parameters rather than by calling the child is not seen. `only` and
+    `exclude` may be, or be sequences of:
 
     - a name, or a pattern of names (`fnmatch`: "encoder.*.linear1"): those modules and all inside them;
     - a module class: its instances, those of its subclasses, and all inside them;
@@ -130,6 +140,11 @@ def swap(
         model: any module; it may itself be the layer to swap.
         only: swap nothing but this.
         exclude: leave this alone; stronger than `only`.
+        also: class -> the class to give its instances: for layers of yours, or of a library, that an op can compute. It must be
+            a subclass of the first that overrides `forward` alone.
+        functions: run the ops for calls of torch's functions too, while the model (or a module of it, for
+            `torch.utils.checkpoint`) runs its forward. Modules that are left alone get two hooks for it; `only` and `exclude`
+            choose those, and a module inside one that was chosen is inside the block too.
         backend: what the swapped modules pass on to their op: "auto", "eager" or "triton". With "triton", modules whose op has
             no fused kernel are left alone.
         rules: reserved for other backward rules; None is each op's own.
@@ -138,7 +153,7 @@ def swap(
         The report: for every module what happened to it, and why.
 
     Raises:
-        TypeError: `model` is not a module, or `only` or `exclude` holds something else than the above.
+        TypeError: `model` is not a module, or `only`, `exclude` or `also` holds something else than the above.
         ValueError: the backend is not known, or a name, pattern, class or module matches nothing in the model.
         NotImplementedError: `rules` is not None.
 
@@ -153,9 +168,11 @@ def swap(
         raise ValueError(f"swap: backend={backend!r} is not known; choose from {', '.join(map(repr, BACKENDS))}")
     if rules is not None:
         raise NotImplementedError(f"swap: rules={rules!r}: other backward rules cannot be swapped in yet; only rules=None can")
-    plan = _Plan(model, only, exclude, backend)
+    plan = _Plan(model, only, exclude, backend, _checked(also or {}))
     entries, changes = plan.decide()
     _make(changes)
+    if functions:
+        plan.hook()
     return SwapReport(tuple(entries))
 
 
@@ -169,12 +186,15 @@ def unswap(model: nn.Module) -> tuple[str, ...]:
         raise TypeError(f"unswap: model is a {type(model).__name__}, not a torch.nn.Module")
     names, changes, ours = [], [], {new for new, _ in _table().values()}
     for name, module in model.named_modules():
+        _unhook(module)
         was = vars(module).get(_WAS, _ABSENT)
         if isinstance(was, dict):
             changes.append(_Change(module, type(module), {**was, _WAS: _ABSENT}))
         elif was is not _ABSENT:
             now = type(module)
-            changes.append(_Change(module, _over(now, was) if _base(now) in ours else now, {"backend": _ABSENT, _WAS: _ABSENT}))
+            given = _base(now) in ours or _base(now) is vars(module).get(_NOW)
+            taken = dict.fromkeys(("backend", _WAS, _NOW), _ABSENT)
+            changes.append(_Change(module, _over(now, was) if given else now, taken))
         else:
             continue
         names.append(name)
@@ -224,6 +244,30 @@ def _table() -> dict[type[nn.Module], tuple[type[nn.Module], Op]]:
     return table
 
 
+def _checked(also: Mapping[Any, Any]) -> Mapping[type[nn.Module], type[nn.Module]]:
+    """Raise for a mapping of classes that cannot be."""
+    if not isinstance(also, Mapping):
+        raise TypeError(f"swap: also is a {type(also).__name__}, not a mapping from class to class")
+    for theirs, new in also.items():
+        if not all(isinstance(c, type) and issubclass(c, nn.Module) for c in (theirs, new)):
+            raise TypeError(f"swap: also={{{theirs!r}: {new!r}}} does not map a class of modules to another")
+        if theirs is new or not issubclass(new, theirs):
+            raise TypeError(
+                f"swap: also={{{theirs.__name__}: {new.__name__}}}: {new.__name__} must be a subclass of {theirs.__name__}"
+            )
+    return also
+
+
+def _unhook(module: nn.Module) -> None:
+    """Take off the hooks of `functions=True`, if there are any."""
+    for key, hooks in zip(
+        vars(module).pop(_HOOKS, ()),
+        ((module._forward_pre_hooks,), (module._forward_hooks, module._forward_hooks_always_called)),
+    ):
+        for held in hooks:
+            held.pop(key, None)
+
+
 def _generated(cls: type) -> bool:
     """Whether torch.nn.utils.parametrize made this class, for one module."""
     return cls.__module__ == "torch.nn.utils.parametrize" and cls.__name__.startswith("Parametrized")
@@ -248,8 +292,8 @@ def _over(cls: type, base: type) -> type:
 class _Plan:
     """Decides for every module; changes nothing."""
 
-    def __init__(self, model: nn.Module, only: Any, exclude: Any, backend: str) -> None:
-        self.backend, self.table = backend, _table()
+    def __init__(self, model: nn.Module, only: Any, exclude: Any, backend: str, also: Mapping[Any, Any]) -> None:
+        self.backend, self.table, self.also = backend, _table(), also
         self.ours = {new: op for new, op in self.table.values()}
         self.by_name = dict(model.named_modules(remove_duplicate=False))
         self.names: dict[nn.Module, list[str]] = {}
@@ -268,10 +312,13 @@ class _Plan:
         for module, (what, why) in fates.items():
             name, *aliases = self.names[module]
             if what == "swapped":
-                attributes: dict[str, Any] = {_WAS: _base(type(module))}
-                if self.backend != "auto":
+                base = _base(type(module))
+                attributes: dict[str, Any] = {_WAS: base}
+                new = self.also[base] if base in self.also else self.table[base][0]
+                if base in self.also:
+                    attributes[_NOW] = new
+                if self.backend != "auto" and hasattr(new, "backend"):
                     attributes["backend"] = self.backend
-                new = self.table[_base(type(module))][0]
                 changes.append(_Change(module, _over(type(module), new), attributes))
             elif any(inside in ours for inside in module.modules()):
                 for cls, attribute, off in _FAST_PATHS:
@@ -292,6 +339,11 @@ class _Plan:
     def fate(self, module: nn.Module) -> tuple[str, str]:
         """What is to happen to a module, and why."""
         base = _base(type(module))
+        if base is vars(module).get(_NOW):
+            return "already", f"swapped before, for {base.__name__}"
+        if base in self.also:
+            obstacle = self.obstacle(module, base, None)
+            return ("left alone", obstacle) if obstacle else ("swapped", f"{self.also[base].__name__}, by also")
         if base in self.ours:
             kept = "" if module.backend == self.backend else f"; keeps backend {module.backend!r}"
             return "already", ("swapped before" if _WAS in vars(module) else "made as a bptoolkit module") + kept
@@ -322,8 +374,20 @@ class _Plan:
         own = next(module.parameters(recurse=False), None) is not None
         return "container; what it does with its own parameters is not seen" if own else "container"
 
-    def obstacle(self, module: nn.Module, base: Any, op: Op) -> str | None:
-        """Why a module whose exact type is in the table is left alone all the same."""
+    def hook(self) -> None:
+        """Put the hooks of `functions=True` on the modules chosen that have a forward of torch's or the user's."""
+        for module in self.names:
+            chosen = (self.wanted is None or module in self.wanted) and module not in self.excluded
+            if not chosen or _HOOKS in vars(module) or _base(type(module)) in self.ours:
+                continue
+            if isinstance(module, (*_NEVER_CALLED, torch.jit.ScriptModule)):
+                continue
+            before = module.register_forward_pre_hook(Enter(self.backend), prepend=True)
+            after = module.register_forward_hook(leave, always_call=True)
+            vars(module)[_HOOKS] = before.id, after.id
+
+    def obstacle(self, module: nn.Module, base: Any, op: Op | None) -> str | None:
+        """Why a module whose exact type is in the table (or, without an op, in `also`) is left alone all the same."""
         parents = self.parents.get(module, [])
         if parents and all(self.reads_only(p) for p in parents):
             return "part of MultiheadAttention, which reads its parameters and does not call it"
@@ -333,6 +397,8 @@ class _Plan:
             return "excluded"
         if "forward" in vars(module):
             return "its forward was replaced on the instance"
+        if op is None:
+            return None  # what its class can take is the user's to say
         if not base.forward.__module__.startswith(base.__module__.partition(".")[0] + "."):
             return f"the forward of the class {base.__name__} was replaced"
         if hasattr(module, "backend"):
