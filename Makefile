@@ -6,13 +6,16 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test evidence fuzz lint wheel clean
+.PHONY: demo test models evidence fuzz lint wheel clean
 
 demo: $(READY)  ## verify the ops used, then train digits with torch's layers and with ours
 	$(BIN)/python -m bptoolkit.recipes.demo
 
 test: $(READY)  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)  # one thread a worker: two workers, two cores
+
+models: $(VENV)/.models  ## whole models of transformers, swapped: float64, bfloat16, what runs our backward
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/models
 
 evidence: $(READY)  ## every planted fault and correct twin, three seeds: about an hour on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/faults/evidence.py
@@ -33,6 +36,10 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[kernels,recipes,test]"
 	touch $(READY)
+
+$(VENV)/.models: $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[models,test]"
+	touch $(VENV)/.models
 
 $(VENV)/.lint: $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
