@@ -1,6 +1,7 @@
 """bptoolkit: hand-written backward passes for PyTorch, proved right, swapped in, trained with."""
 
 from bptoolkit import functional as functional
+from bptoolkit import init as init
 from bptoolkit import nn as nn
 from bptoolkit import verify as verify
 from bptoolkit.calls import functional_calls as functional_calls
