@@ -179,7 +179,9 @@ def _recurrent(name: str, module: Any) -> Iterator[tuple[str, Tensor]]:
 def _biases(name: str, module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The pairs of biases, one pair a layer and direction."""
     found = dict(module.named_parameters(recurse=False))
-    pairs = [(p, found[n.replace("_ih", "_hh")]) for n, p in found.items() if n.startswith("bias_ih")]
+    pairs: list[tuple[Tensor, Tensor]] = [
+        (p, found[n.replace("_ih", "_hh")]) for n, p in found.items() if n.startswith("bias_ih")
+    ]
     if not pairs:
         raise ValueError(f"{name}: the {type(module).__name__} has no biases (bias=False)")
     return pairs
@@ -352,9 +354,7 @@ def lsuv_(
         v, k = variance(layer), 0
         while not abs(v - 1) <= tolerance:
             if not 0 < v < float("inf"):
-                raise RuntimeError(
-                    f"lsuv_: the output of layer {name!r} has variance {v}; its input or its weight is degenerate"
-                )
+                raise RuntimeError(f"lsuv_: the output of layer {name!r} has variance {v}: its input or weight is degenerate")
             if k == iterations:
                 raise RuntimeError(f"lsuv_: layer {name!r} has variance {v:.4g} after {k} iterations, not 1 ± {tolerance}")
             with torch.no_grad():

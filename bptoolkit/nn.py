@@ -1,5 +1,11 @@
-"""The modules, under the names and with the constructors, parameters and state_dict of torch.nn."""
+"""The modules, under the names and with the constructors, parameters and state_dict of torch.nn; and blocks."""
 
+from bptoolkit.layers.dense_block import DenseBlock as DenseBlock
+from bptoolkit.layers.highway import Highway as Highway
+from bptoolkit.layers.residual import Residual as Residual
+from bptoolkit.layers.self_normalizing import SelfNormalizing as SelfNormalizing
+from bptoolkit.layers.squeeze_excitation import SqueezeExcitation as SqueezeExcitation
+from bptoolkit.layers.transformer_block import PreNormTransformerBlock as PreNormTransformerBlock
 from bptoolkit.ops.activation import GELU as GELU
 from bptoolkit.ops.activation import ReLU as ReLU
 from bptoolkit.ops.activation import Sigmoid as Sigmoid

@@ -1,0 +1,1 @@
+"""Blocks of several layers, one a file; `bptoolkit.nn` has them all."""
