@@ -1,6 +1,8 @@
 """Blocks against plain compositions of torch's layers, to second order; what the dense block keeps."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -326,3 +328,11 @@ def test_half_and_autocast():
 def test_refused(match, call):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_the_snippets_of_the_page_run():
+    page = (Path(__file__).parents[1] / "docs" / "blocks.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, {})

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bptoolkit.function import Rule, unwatched
-from bptoolkit.ops import conv
+from bptoolkit.ops import batch_norm, channel_norm, conv
+from bptoolkit.ops.activation import relu_backward
 from bptoolkit.ops.batch_norm import BatchNorm2d
 from bptoolkit.ops.conv import Conv2d
 from bptoolkit.precision import wide
@@ -59,39 +59,50 @@ def layers_of(C: int, k: int, L: int, B: int, g: Any, b: Any, w: Any, m: Any, v:
         yield Layer(c, norms, weights, (0, 1)[-len(shapes) :])
 
 
-def moments(u: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and variance of each channel, as channels."""
-    v, m = torch.var_mean(wide(u), (0, 2, 3), correction=0)
-    return m, v
+def activated(u: Tensor, g: Tensor, b: Tensor, m: Any, v: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """relu(norm(u)), of u's dtype; m and r. Where m and v are None they are u's."""
+    x, g, b = wide(u), wide(g), wide(b)
+    if unwatched(u, g, b, m, v):
+        given = (None, None) if m is None else (wide(m), wide(v))
+        n, m, r = batch_norm.normalized(x, g, b, *given, m is None, 0.0, eps) if x.numel() else (x.clone(), *empty(x))
+        return n.relu_().to(u.dtype), m, r
+    if m is None:
+        v, m = torch.var_mean(x, (0, 2, 3), correction=0)  # C
+    m, r = wide(m), (wide(v) + eps).rsqrt()
+    n = (x - per_channel(m)) * per_channel(r * g) + per_channel(b)
+    return torch.relu(n).to(u.dtype), m, r
+
+
+def empty(x: Tensor) -> tuple[Tensor, Tensor]:
+    """m and r of no elements, such that all derivatives are 0."""
+    return x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
 
 
 def per_channel(t: Tensor) -> Tensor:
-    return wide(t)[:, None, None]
+    return t[:, None, None]
 
 
-def activated(u: Tensor, g: Tensor, b: Tensor, m: Tensor, v: Tensor, eps: float) -> Tensor:
-    """relu(norm(u)), of u's dtype."""
-    if unwatched(u, g, b, m, v):
-        return F.batch_norm(wide(u), m, v, wide(g), wide(b), False, 0.0, eps).relu_().to(u.dtype)
-    r = (v + eps).rsqrt()
-    n = (wide(u) - per_channel(m)) * per_channel(r * wide(g)) + per_channel(b)
-    return torch.relu(n).to(u.dtype)
+class Kept(NamedTuple):
+    """What backward needs of one norm, relu and convolution."""
+
+    u: Tensor  # what the norm sees
+    a: Tensor  # what the convolution sees
+    m: Tensor
+    r: Tensor
 
 
-def convolved(a: Tensor, w: Tensor, padding: int) -> Tensor:
-    return conv.forward(a, w, None, (1, 1), (padding, padding), (1, 1), (0, 0), 1)
+def run(u: Tensor, layer: Layer, eps: float) -> list[Kept]:
+    """A layer, step by step, without its last convolution."""
+    kept: list[Kept] = []
+    for k, (g, b, m, v) in enumerate(layer.norms):
+        if k:
+            u = convolved(kept[-1].a, layer.weights[k - 1], layer.paddings[k - 1])
+        kept.append(Kept(u, *activated(u, g, b, m, v, eps)))
+    return kept
 
 
-def run(u: Tensor, layer: Layer, eps: float) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]], Tensor]:
-    """What each norm of a layer sees, what each convolution sees, the norms' moments, and the layer's output."""
-    seen, active, measured = [], [], []
-    for (g, b, m, v), w, p in zip(layer.norms, layer.weights, layer.paddings):
-        m, v = moments(u) if m is None else (wide(m), wide(v))
-        seen.append(u)
-        active.append(activated(u, g, b, m, v, eps))
-        measured.append((m, v))
-        u = convolved(active[-1], w, p)
-    return seen, active, measured, u
+def convolved(a: Tensor, w: Tensor, p: int) -> Tensor:
+    return conv.forward(a, w, None, (1, 1), (p, p), (1, 1), (0, 0), 1)
 
 
 def forward(x, g, b, w, mean, var, k, L, B, eps):
@@ -107,9 +118,10 @@ def forward(x, g, b, w, mean, var, k, L, B, eps):
     means, variances = [], []
     for layer in layers_of(C, k, L, B, g, b, w, mean, var):
         c = layer.channels
-        *_, measured, y = run(s[:, :c] if alone else s, layer, eps)
-        means += [m for m, _ in measured]
-        variances += [v for _, v in measured]
+        kept = run(s[:, :c], layer, eps)
+        y = convolved(kept[-1].a, layer.weights[-1], layer.paddings[-1])
+        means += [t.m for t in kept]
+        variances += [(t.r**-2 - eps).clamp(min=0) for t in kept]
         if alone:
             s[:, c : c + k] = y
         else:
@@ -121,33 +133,33 @@ def backward(ds, s, g, b, w, mean, var, k, L, B, eps, need):
     if ds is None:
         return (None,) * 6
     d, dg, db, dw = ds, [], [], []
+    norm, product = batch_norm.RULE.Need(True, need.g, need.b, False, False), conv.RULE.Need(True, need.w, False)
     for layer in reversed(list(layers_of(s.shape[1] - L * k, k, L, B, g, b, w, mean, var))):
         c = layer.channels
-        seen, active, measured, _ = run(s[:, :c], layer, eps)
         dy, d = d[:, c:], d[:, :c]
-        for u, a, (m, v), (gamma, *_), weight, p in reversed(
-            list(zip(seen, active, measured, layer.norms, layer.weights, layer.paddings))
-        ):
-            wanted = conv.RULE.Need(x=True, w=need.w, b=False)
-            da, dweight, _ = conv.backward(dy, a, weight, (1, 1), (p, p), (1, 1), (0, 0), 1, wanted)
-            dn = torch.where(a <= 0, 0.0, wide(da))
-            r = (v + eps).rsqrt()
-            uh = (wide(u) - per_channel(m)) * per_channel(r)
-            dbeta, dgamma = dn.sum((0, 2, 3)), (dn * uh).sum((0, 2, 3))
-            if mean is None:
-                M = max(u.shape[0] * u.shape[2] * u.shape[3], 1)
-                dn = dn - per_channel(dbeta / M) - uh * per_channel(dgamma / M)
-            dy = (dn * per_channel(r * wide(gamma))).to(u.dtype)
+        steps = zip(run(s[:, :c], layer, eps), layer.norms, layer.weights, layer.paddings)
+        for (u, a, m, r), (gamma, beta, *_), weight, p in reversed(list(steps)):
+            da, dweight, _ = conv.backward(dy, a, weight, (1, 1), (p, p), (1, 1), (0, 0), 1, product)
+            dn = relu_backward(da, a)
+            dy, dgamma, dbeta = channel_norm.backward(
+                dn, None, None, u, gamma, beta, m, r, channel_norm.Batch(u), mean is not None, norm
+            )
             dg.append(dgamma)
             db.append(dbeta)
             dw.append(dweight)
         d = d + dy
 
-    def flat(grads, like):
-        return torch.cat([t.reshape(-1) for t in reversed(grads)]).to(like.dtype)
+    def flat(grads):
+        return torch.cat([t.reshape(-1) for t in reversed(grads)])
 
-    dg, db, dw = flat(dg, g) if need.g else None, flat(db, g) if need.b else None, flat(dw, w) if need.w else None
-    return d if need.x else None, dg, db, dw, None, None
+    return (
+        d if need.x else None,
+        flat(dg) if need.g else None,
+        flat(db) if need.b else None,
+        flat(dw) if need.w else None,
+        None,
+        None,
+    )
 
 
 RULE = Rule("dense_block", forward, backward, inputs="x g b w mean var", outputs="s m v", constants="m v")
