@@ -245,6 +245,7 @@ def test_a_dense_block_loads_torchvisions_names():
     assert len(keys) == 2 * (2 * 5 + 2)
 
 
+@pytest.mark.filterwarnings("ignore:var_mean")  # of one element
 def test_the_dense_rule_by_the_verifier():
     """Dtypes, layouts, cotangents and transforms of the verifier, against a plain composition."""
     judged = [

@@ -63,19 +63,16 @@ def activated(u: Tensor, g: Tensor, b: Tensor, m: Any, v: Any, eps: float) -> tu
     """relu(norm(u)), of u's dtype; m and r. Where m and v are None they are u's."""
     x, g, b = wide(u), wide(g), wide(b)
     if unwatched(u, g, b, m, v):
-        given = (None, None) if m is None else (wide(m), wide(v))
-        n, m, r = batch_norm.normalized(x, g, b, *given, m is None, 0.0, eps) if x.numel() else (x.clone(), *empty(x))
+        if not x.numel():
+            return u.clone(), x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])  # such that all derivatives are 0
+        mean, var = (None, None) if m is None else (wide(m), wide(v))
+        n, m, r = batch_norm.normalized(x, g, b, mean, var, m is None, 0.0, eps)
         return n.relu_().to(u.dtype), m, r
     if m is None:
         v, m = torch.var_mean(x, (0, 2, 3), correction=0)  # C
     m, r = wide(m), (wide(v) + eps).rsqrt()
     n = (x - per_channel(m)) * per_channel(r * g) + per_channel(b)
     return torch.relu(n).to(u.dtype), m, r
-
-
-def empty(x: Tensor) -> tuple[Tensor, Tensor]:
-    """m and r of no elements, such that all derivatives are 0."""
-    return x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
 
 
 def per_channel(t: Tensor) -> Tensor:
