@@ -140,6 +140,15 @@ def test_most_of_each_model_is_ours(name):
         assert not also.left[function], also.left
 
 
+def test_eager_attention_is_a_softmax_of_ours():
+    model, inputs = build("Llama")
+    model.set_attn_implementation("eager")
+    bp.swap(model)
+    with bp.functional_calls() as calls:
+        model(**inputs)
+    assert calls.replaced["softmax"] == 2 and calls.left["matmul", "not a product with a matrix"] == 4
+
+
 def test_the_table_is_fresh():
     """The table in docs/models.md is what is counted now, with the version it names."""
     import transformers
