@@ -49,12 +49,12 @@ def with_mask(fn, kwargs):
     return lambda q, k, v, m: fn(q, k, v, **{**kwargs, "attn_mask": m}), (m.clone().requires_grad_(),)
 
 
-def keep_of(q, k, p, causal=False):
+def keep_of(q, k, p):
     """The factor that the call after this one will use: the draw is repeated."""
     state = torch.get_rng_state()
     seed = torch.randint(0, 1 << 62, (), dtype=torch.int64)
     torch.set_rng_state(state)
-    return attention_plain.KEEP(q.detach(), k.detach(), seed, causal, p)
+    return attention_plain.KEEP(q.detach(), k.detach(), seed, None, None, p)
 
 
 def dropped(z, causal=False):

@@ -1,26 +1,15 @@
-"""Scaled dot-product attention.
+"""Scaled dot-product attention, with windows, a cap of the scores, ALiBi's slopes and lengths of the keys.
 
-Maths     S = σ Q Kᵀ + M      P = softmax of S's rows      O = (P∘Z) V      lse = log Σⱼ exp Sᵢⱼ
-          D = rowsum(dO∘O) − dlse      X = Z∘(dO Vᵀ) − D      dS = P∘X
-          dQ = σ dS K      dK = σ dSᵀ Q      dV = (P∘Z)ᵀ dO      dM = dS, summed over what M was broadcast over
-Twice     at cotangents a, b, c, e of dQ, dK, dV, dM:      U = σ (a Kᵀ + Q bᵀ) + e      C = dO cᵀ
-          u = rowsum(P∘U)      w = rowsum(P∘(U∘X + Z∘C))
-          g_dO = (P∘Z∘U) V + (P∘Z) c − u O      g_dlse = u
-          W = P∘((U − u)∘X + Z∘C − (w − u dlse))
-          gQ = σ (W K + dS b)      gK = σ (Wᵀ Q + dSᵀ a)      gV = (P∘Z∘(U − u))ᵀ dO      gM = W, summed
-Letters   *B batch and heads; L queries, rows i; S keys, columns j; E, Ev features; M the additive mask (−inf where a boolean or
-          causal mask hides); Z the dropout factor, 0 or 1/(1 − p); ∘ elementwise; kept
-          are o, a row's largest score (top) and l = Σⱼ exp(Sᵢⱼ − topᵢ)
-Numerics  scores, O's sums and lse in float32 for half inputs; a row that is masked out wholly gives 0 and gradients 0
-Source    Vaswani et al. 2017, eq. 1; the backward by tiles: Dao et al. 2022 (FlashAttention), algorithm 4; the second order is
-          derived in docs/attention.md
-
-No pass keeps an L × S matrix: forward, backward and the backward's backward are loops over tiles (`attention_blocks.py`).
-`attention_plain.py` says the same in whole matrices; third derivatives and reverse over forward mode are autograd's of it.
+Maths     O = softmax(c tanh(σ Q Kᵀ / c) + M − h|distance|) V; the rule and its derivatives are in `attention_rule.py`
+Letters   *B batch and heads, the last of them H; L queries; S keys; E, Ev features; σ the scale; M the mask; c the cap of the
+          scores; h ALiBi's slopes
+Numerics  scores, sums and lse in float32 for half inputs; a row that sees nothing gives 0 and gradients 0
+Source    Vaswani et al. 2017, eq. 1; Dao et al. 2022 (FlashAttention)
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,99 +18,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bptoolkit.cases import Case, Draw
-from bptoolkit.function import Rule, _transforms_active
 from bptoolkit.op import LOW, Op
-from bptoolkit.opaque import Opaque, _legacy_batched
-from bptoolkit.ops import attention_blocks as blocks
-from bptoolkit.ops import attention_plain as plain
-from bptoolkit.ops.attention_plain import nothing
-from bptoolkit.ops.attention_tiles import wide
-
-# The three loops, as nodes of a graph --------------------------------------------------------------------------------------
+from bptoolkit.ops import attention_options as options
+from bptoolkit.ops.attention_rule import RULE
 
 
-def _forward_fake(q, k, v, m, seed, causal, scale, p):
-    row = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), row, torch.empty_like(row), torch.empty_like(row)
-
-
-ATTEND = Opaque("attention", plain.forward, _forward_fake, vmap="leading", fast=blocks.forward)
-
-
-def _backward_fast(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
-    grads = blocks.backward(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need)
-    return tuple(nothing(q) if g is None else g for g in grads)
-
-
-def _backward_fake(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
-    shapes = {"q": q.shape, "k": k.shape, "v": (*k.shape[:-1], do.shape[-1]), "m": None if m is None else m.shape}
-    return tuple(q.new_empty(shapes[x], dtype=m.dtype if x == "m" else q.dtype) if x in need else nothing(q) for x in "qkvm")
-
-
-def _double(cotangents, need, *args):
-    """The vjp of backward. `need`: do, dlse, q, k, v, m, seed, o, top, l; the last four are hints and get nothing."""
-    asked = args[-1]
-    a, b, c, e = (g if x in asked else None for g, x in zip(cotangents, "qkvm"))
-    wanted = "".join(x for x, n in zip("olqkvm", need) if n)
-    if all(g is None for g in (a, b, c, e)):
-        return [None if not n else torch.zeros_like(t) for n, t in zip(need, args)]
-    if _transforms_active() or _legacy_batched((*cotangents, *args)):
-        grads = plain.double_backward(a, b, c, e, *args[:-1], wanted)
-    else:
-        with torch.no_grad():
-            grads = blocks.double_backward(a, b, c, e, *args[:-1], wanted)
-    return [*grads, None, None, None, None]
-
-
-def _push(tangents, *args):
-    """The jvp of backward: linear in do and dlse; in q, k, v, m its Jacobian is a Hessian, hence its own transpose."""
-    ddo, ddlse, dq, dk, dv, dm = tangents[:6]
-    do, q, asked = args[0], args[2], args[-1]
-    asked_of = [x in asked for x in "qkvm"]
-    out = [None] * 4
-    if ddo is not None or ddlse is not None:
-        first = BACKWARD(torch.zeros_like(do) if ddo is None else ddo, ddlse, *args[2:])
-        out = [t if n else None for t, n in zip(first, asked_of)]
-    if any(t is not None for t in (dq, dk, dv, dm)):
-        need = [False, False, *asked_of, False, False, False, False]
-        second = BACKWARD.vjp((dq, dk, dv, dm), need, *args[:-1], "qkvm")[2:6]
-        out = [x if y is None else y if x is None else x + y for x, y in zip(out, second)]
-    return tuple(torch.zeros_like(nothing(q)) if t is None else t for t in out)
-
-
-BACKWARD = Opaque(
-    "attention_backward", plain.backward, _backward_fake, vmap="leading", vjp=_double, jvp=_push, fast=_backward_fast
-)
-
-
-# The rule ------------------------------------------------------------------------------------------------------------------
-
-
-def forward(q, k, v, m, seed, causal, scale, p):
-    return ATTEND(q, k, v, m, seed, causal, scale, p)
-
-
-def backward(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
-    asked = "".join(x for x, n in zip("qkvm", need) if n)
-    if do is None:  # only lse was used, which does not depend on v
-        if v is None:
-            return None, None, None, None, None
-        do = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    # o, top and l tell the tiles what they need not recompute; how they depend on q, k, v, m is inside the formulas
-    o = None if o is None else o.detach()
-    grads = BACKWARD(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, asked)
-    return *(g if n else None for g, n in zip(grads, need)), None
-
-
-RULE = Rule(
-    "attention",
-    forward,
-    backward,
-    inputs="q k v m seed",
-    outputs="o lse top l",
-    constants="top l",
-    uses={"v": "q k m seed top l"},
-)
+NAME = "scaled_dot_product_attention"
 
 
 def scaled_dot_product_attention(
@@ -134,8 +36,14 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    window: int | tuple[int, int] | None = None,
+    causal_align: str = "top_left",
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """O = softmax(σ Q Kᵀ + M) V, as `torch.nn.functional.scaled_dot_product_attention`, with memory linear in the length.
 
     Unlike torch's it can be differentiated twice, in forward mode and by vmap without the L × S matrices.
@@ -151,51 +59,48 @@ def scaled_dot_product_attention(
         is_causal: query i sees the keys 0 ... i; not together with attn_mask.
         scale: σ; E ** -0.5 by default.
         enable_gqa: key and value may have fewer heads (dimension -3) than query; each serves a group of query's heads.
+        window: (left, right): query i sees the keys i - left ... i + right alone; -1 for no bound; one number stands for both.
+            With is_causal the right bound is 0. Tiles outside are skipped: the cost grows with L times the window.
+        causal_align: where L and S differ: "top_left", query 0 stands at key 0, as torch has it; or "bottom_right", the last
+            query stands at the last key, as in decoding with a cache. For is_causal, window and alibi_slopes.
+        softcap: c > 0: the scores σ Q Kᵀ become c tanh(σ Q Kᵀ / c), before masks and slopes.
+        alibi_slopes: (H,) or (*B, H): the head's slope times the distance |i - j| is taken from the scores. Of query's dtype or
+            float32, and differentiable. See `alibi_slopes` for the usual ones.
+        key_lengths: (B,), integers, for query's first dimension: keys from that number on are padding and seen by nobody.
+        return_lse: return the log-sum-exp of each row's scores as well; it is differentiable.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
-        (*B, L, Ev), of query's dtype. Where a query may see no key: 0, with gradients 0.
+        (*B, L, Ev), of query's dtype. Where a query may see no key: 0, with gradients 0. With return_lse a tuple of it and
+        (*B, L), float32 for half inputs, -inf where a query sees no key. A nested tensor for nested tensors.
 
     Raises:
-        ValueError: shapes, heads or devices disagree, both attn_mask and is_causal are given, dropout_p is not in [0, 1], or
+        ValueError: shapes, heads or devices disagree, both attn_mask and is_causal are given, an option is out of its range, or
             the named backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or the mask is neither boolean nor of such a dtype.
+        TypeError: the tensors are not of one floating-point dtype, or the mask, slopes, lengths or window are not of a dtype
+            or type that they can have.
     """
     q, k, v, m = OP.cast(query, key, value, attn_mask)
     OP.check(q, k, v)
-    p = 0.0 if dropout_p == 0 else float(dropout_p)
-    _check(q, k, m, p, is_causal)
+    p = options.read_dropout(NAME, dropout_p)
+    options.check_mask(NAME, q, m, is_causal)
+    bounds = options.read_window(NAME, window, is_causal, causal_align, alibi_slopes is not None)
     q, k, v, m, groups = _lay_out(q, k, v, m, enable_gqa)
-    # int64 on the CPU: reading it back is no synchronisation
-    seed = torch.randint(0, 1 << 62, (), dtype=torch.int64, device="cpu") if p > 0 else None
-    picked = OP.pick(RULE, backend, q, k, v, m, None, is_causal, scale, p)
-    o = RULE(q, k, v, m, seed, is_causal, scale, p, backend=picked)[0]
-    return o.flatten(-4, -3) if groups else o
-
-
-def _check(q: Tensor, k: Tensor, m: Any, p: float, causal: bool) -> None:
-    """Raise for a mask or option that cannot be."""
-    name = "scaled_dot_product_attention"
-    if not 0 <= p <= 1:
-        raise ValueError(f"{name}: dropout_p={p} must be between 0 and 1")
-    if m is None:
-        return
-    if not isinstance(m, Tensor):
-        raise TypeError(f"{name}: attn_mask must be a tensor or None, not {type(m).__name__}")
-    if causal:
-        raise ValueError(f"{name}: attn_mask and is_causal=True cannot both be given; put the causal part into the mask")
-    if m.dtype not in (torch.bool, q.dtype, wide(q.dtype)):
-        raise TypeError(
-            f"{name}: attn_mask is {m.dtype}; it must be torch.bool, or query's {q.dtype}, to be added to the scores"
-        )
-    if m.device != q.device:
-        raise ValueError(f"{name}: attn_mask is on {m.device} but query is on {q.device}; they must be on one device")
+    slopes, lengths = alibi_slopes, key_lengths
+    if slopes is not None or lengths is not None:
+        slopes = options.lay_out_slopes(NAME, slopes, q, groups)
+        lengths = options.lay_out_lengths(NAME, lengths, q, groups)
+    cap, seed = options.read_cap(NAME, softcap), options.draw_seed(p)
+    picked = OP.pick(RULE, backend, q, k, v, m, slopes, lengths, None, None, None, bounds, scale, cap, p)
+    o, lse, _, _ = RULE(q, k, v, m, slopes, lengths, seed, None, None, bounds, scale, cap, p, backend=picked)
+    o = o.flatten(-4, -3) if groups else o
+    return (o, lse.flatten(-3, -2) if groups else lse) if return_lse else o
 
 
 def _lay_out(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, gqa: bool) -> tuple[Any, Any, Any, Any, bool]:
     """Views with the same batch dimensions, and of the mask with as many; whether the heads are split into groups."""
     groups = gqa and not q.shape[-3:-2] == k.shape[-3:-2] == v.shape[-3:-2]
-    name = "scaled_dot_product_attention"
+    name = NAME
     shapes = f"query is {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)}"
     if groups:
         if min(q.dim(), k.dim(), v.dim()) < 3:
@@ -232,12 +137,48 @@ def reference(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """The op of torch, by its plain form: the fused ones cannot be differentiated twice."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    *,
+    window: int | tuple[int, int] | None = None,
+    causal_align: str = "top_left",
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """The op of torch, by its plain form: the fused ones cannot be differentiated twice. What torch lacks: in whole matrices."""
+    if (window, causal_align, softcap, alibi_slopes, key_lengths, return_lse) == (None, "top_left", None, None, None, False):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+    q, k, v = (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in (query, key, value))
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    s = q @ k.mT * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        s = (s / softcap).tanh() * softcap
+    L, S = s.shape[-2:]
+    d = torch.arange(S, device=s.device) - torch.arange(L, device=s.device)[:, None]
+    d = d - (S - L if causal_align == "bottom_right" else 0)  # L S: from the query to the key
+    if alibi_slopes is not None:
+        s = s - alibi_slopes[..., None, None] * d.abs()
+    left, right = window if isinstance(window, tuple) else (-1 if window is None else window,) * 2
+    right = 0 if is_causal else right
+    seen = torch.ones_like(d, dtype=torch.bool)
+    for bound, side in ((left, -d), (right, d)):
+        seen = seen & (side <= bound) if bound >= 0 else seen
+    if key_lengths is not None:
+        seen = seen & (torch.arange(S, device=s.device) < key_lengths.view(-1, *(1,) * (s.dim() - 1)))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        seen = seen & attn_mask
+    elif attn_mask is not None:
+        s = s + attn_mask
+    s = s.masked_fill(~seen, -math.inf)
+    void = s.detach().isneginf().all(-1, keepdim=True)
+    s = s.masked_fill(void, 0)
+    a = F.dropout(s.softmax(-1).masked_fill(void, 0), dropout_p)
+    o = (a @ v).to(query.dtype)
+    return (o, s.logsumexp(-1).masked_fill(void.squeeze(-1), -math.inf)) if return_lse else o
 
 
 def case(draw: Draw) -> Case:
@@ -256,7 +197,31 @@ def case(draw: Draw) -> Case:
         kwargs["attn_mask"] = draw.booleans(*over, share=0.7)
     elif kind == "additive":
         kwargs["attn_mask"] = draw.tensor(*over)
+    if draw.flag():
+        kwargs.update(extras(draw, L, S, H * G, B[0] if B else None))
+        kwargs["return_lse"] = draw.choice((False, False, True)) and kind != "boolean" and sees_all(kwargs, L, S)
     return Case((q, k, v), kwargs)
+
+
+def extras(draw: Draw, L: int, S: int, H: int, B: int | None) -> dict[str, Any]:
+    """Some of the options that torch lacks."""
+    third, out = (True, False, False), {}
+    if draw.choice(third):
+        out["window"] = draw.choice((0, 2, (1, -1), (3, 1), (-1, 2)))
+    if draw.choice(third):
+        out["softcap"] = draw.choice((1.5, 20.0))
+    if draw.choice(third):
+        out["alibi_slopes"] = draw.tensor(H, scale=0.3)
+    if draw.choice(third):
+        out["causal_align"] = "bottom_right"
+    if B is not None and draw.choice(third):
+        out["key_lengths"] = draw.integers(0, S + 2, B)
+    return out
+
+
+def sees_all(kwargs: dict[str, Any], L: int, S: int) -> bool:
+    """Whether every row sees a key; else its lse is -inf, with which no loss of the checks is finite."""
+    return S > 0 and "key_lengths" not in kwargs and (L <= S or not {"window", "causal_align"} & kwargs.keys())
 
 
 def bench(causal: bool, *shape: int) -> Any:

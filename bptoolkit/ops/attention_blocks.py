@@ -10,24 +10,26 @@ l = Σ exp(S − T). T and l are kept, and not lse = T + log l alone: P would be
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from bptoolkit.ops.attention_tiles import Tile, Tiles
+from bptoolkit.ops.attention_tiles import Terms, Tile, Tiles, to_mask
 
 
-def forward(q, k, v, m, seed, causal, scale, p):
+def forward(q, k, v, terms):
     """O, lse, T and l, with the running maximum of Milakov & Gimelshein 2018."""
-    t = Tiles(q, k, m, seed, causal, scale, p, (512, 512))
+    t = Tiles(q, k, terms, (512, 512))
     v, o = t.flat(v), t.sums(t.L, v.shape[-1])
-    top, l = t.zeros(t.L, 1), t.zeros(t.L, 1).add_(1)
+    top, l, lse = t.zeros(t.L, 1), t.zeros(t.L, 1).add_(1), t.zeros(t.L, 1).sub_(math.inf)
     lowest = torch.finfo(t.dtype).min / (1 if t.unit == 1 else 2)  # finite in `unit`s too
     for band in t.bands():
         for c, tile in enumerate(band):
             n, I, J = tile.n, tile.I, tile.J
             s = t.scores(tile)
             t1 = s.amax(-1, keepdim=True).div_(t.unit)
-            if m is not None:
+            if t.blind:
                 t1.clamp_min_(lowest)  # all masked: exp(−inf − lowest) is 0, exp(−inf + inf) is not
             if c:
                 t1 = torch.maximum(t0, t1)  # noqa: F821
@@ -42,25 +44,27 @@ def forward(q, k, v, m, seed, causal, scale, p):
             block = o.add(n, I, s, v[n, J])
             t0, l0 = t1, l1
         if band:
-            if m is not None:
+            lse[n, I] = l0.log().add_(t0)
+            if t.blind:
                 nothing = l0 == 0
                 l0.masked_fill_(nothing, 1)
                 t0.masked_fill_(nothing, 0)
             block.div_(l0)
             top[n, I], l[n, I] = t0, l0
-    top, l = (t.back(x, t.dtype).squeeze(-1) for x in (top, l))
-    return o.whole(q.dtype), top + l.log(), top, l
+    return o.whole(q.dtype), *(t.back(x, t.dtype).squeeze(-1) for x in (lse, top, l))
 
 
-def backward(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
-    """dQ, dK, dV, dM: those that `need` names, else None."""
-    t = Tiles(q, k, m, seed, causal, scale, p)
+def backward(do, dlse, q, k, v, o, top, l, terms, need):
+    """dQ, dK, dV, dM, dh: those that `need` names by q, k, v, m, s, else None."""
+    t, m = Tiles(q, k, terms), terms.m
     top, r, do = t.column(top) * t.unit, t.column(l).reciprocal(), t.flat(do)
     dq = t.sums(t.L, q.shape[-1]) if "q" in need else None
     dk = t.sums(t.S, k.shape[-1]) if "k" in need else None
     dv = t.sums(t.S, do.shape[-1]) if "v" in need else None
     dm = t.mask_zeros() if "m" in need else None
-    scores = "q" in need or "k" in need or "m" in need
+    dh = t.zeros(1, 1).flatten() if "s" in need else None
+    scores = need not in ("", "v")
+    bent = t.cap != 0 and (dq is not None or dk is not None)
     if scores:
         v, o, dlse = t.flat(v), t.flat(o), None if dlse is None else t.column(dlse)
     for band in filter(None, t.bands()):
@@ -72,7 +76,7 @@ def backward(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
                 D -= dlse[n, I] * r[n, I]
         for tile in band:
             J = tile.J
-            e, z = t.exp(t.scores(tile, minus=top)), t.keep(tile)
+            e, z = t.exp(t.scores(tile, minus=top, bent=bent)), t.keep(tile)
             if dv is not None:
                 dv.add(n, J, (e if z is None else torch.mul(e, z, out=t.buffer("x", tile))).mT, do_)
             if not scores:
@@ -81,34 +85,41 @@ def backward(do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
                 ds = torch.baddbmm(D, do_, v[n, J].mT, beta=-1, out=t.buffer("x", tile)).mul_(e)
             else:
                 ds = torch.bmm(do_, v[n, J].mT, out=t.buffer("x", tile)).mul_(z).sub_(D).mul_(e)
+            if dm is not None:
+                t.add_to_mask(dm, tile, ds)
+            if dh is not None:
+                t.add_to_slopes(dh, tile, ds)
+            if bent:
+                ds.mul_(t.bend(tile)[1])
             if dq is not None:
                 dq.add(n, I, ds, t.k[n, J], alpha=t.scale)
             if dk is not None:
                 dk.add(n, J, ds.mT, t.q[n, I], alpha=t.scale)
-            if dm is not None:
-                t.add_to_mask(dm, tile, ds)
     return (
         None if dq is None else dq.whole(q.dtype),
         None if dk is None else dk.whole(k.dtype),
         None if dv is None else dv.whole(k.dtype),
         None if dm is None else dm.reshape(m.shape).to(m.dtype),
+        None if dh is None else _to_slopes(dh, t, terms),
     )
 
 
-def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
-    """The vjp of backward at the cotangents a, b, c, e of dQ, dK, dV, dM; each may be None.
+def double_backward(a, b, c, e, f, do, dlse, q, k, v, o, top, l, terms, need):
+    """The vjp of backward at the cotangents a, b, c, e, f of dQ, dK, dV, dM, dh; each may be None.
 
-    Returns the gradients of do, dlse, q, k, v, m: those that `need` names ("o" is do, "l" is dlse), else None. The dependence
-    of o, T and l on q, k, v and m is inside the formulas. Two sweeps: the rows' statistics u and w, then the tiles.
+    Returns the gradients of do, dlse, q, k, v, m, h: those that `need` names ("o" is do, "l" is dlse, "s" is h), else None. The
+    dependence of o, T and l on the inputs is inside the formulas. Two sweeps: the rows' statistics u and w, then the tiles.
     """
-    t = Tiles(q, k, m, seed, causal, scale, p)
+    t, m = Tiles(q, k, terms), terms.m
     top, r = t.column(top) * t.unit, t.column(l).reciprocal()
     do_, dlse = t.flat(do), None if dlse is None else t.column(dlse)
     a = None if a is None else t.flat(a) * t.scale
     b = None if b is None else t.flat(b) * t.scale
     c = None if c is None else t.flat(c)
     e = None if e is None else e.to(t.dtype).reshape(t.m.shape)
-    has_u = a is not None or b is not None or e is not None
+    f = None if f is None else t.sample(f).to(t.dtype)
+    has_ab = a is not None or b is not None
+    has_u = has_ab or e is not None or f is not None
     if v is not None:  # else nothing but c came, and U is 0
         v, o = t.flat(v), t.flat(o)
         D = (do_ * o).sum(-1, keepdim=True)
@@ -120,13 +131,15 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
     gk = t.sums(t.S, k.shape[-1]) if "k" in need else None
     gv = t.sums(t.S, do.shape[-1]) if "v" in need else None
     gm = t.mask_zeros() if "m" in need else None
-    scores = "q" in need or "k" in need or "m" in need
+    gh = t.zeros(1, 1).flatten() if "s" in need else None
+    scores = gq is not None or gk is not None or gm is not None or gh is not None
+    bent = t.cap != 0 and (has_ab or gq is not None or gk is not None)
 
     def drop(x: Tensor, z: Tensor | None) -> Tensor:
         return x if z is None else x.mul_(z)
 
     def P(tile: Tile) -> Tensor:
-        return t.exp(t.scores(tile, minus=top)).mul_(r[tile.n, tile.I])
+        return t.exp(t.scores(tile, minus=top, bent=bent)).mul_(r[tile.n, tile.I])
 
     def U(tile: Tile) -> Tensor:
         n, I, J = tile.n, tile.I, tile.J
@@ -135,9 +148,14 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
             torch.bmm(a[n, I], t.k[n, J].mT, out=out)
         if b is not None:
             torch.baddbmm(out, t.q[n, I], b[n, J].mT, beta=0 if a is None else 1, out=out)
+        if bent and has_ab:
+            t.buffer("ab", tile).copy_(out.mul_(t.bend(tile)[1]))
+        if not has_ab:
+            out.zero_()
         if e is not None:
-            out = out.zero_() if a is None and b is None else out
             out.view(*tile.batch, *out.shape[1:]).add_(t.part(e, tile))
+        if f is not None:
+            out.addcmul_(f[n], t.distance(tile), value=-1)
         return out
 
     def X(tile: Tile, z: Tensor | None) -> Tensor:
@@ -146,6 +164,15 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
 
     def C(tile: Tile, z: Tensor | None) -> Tensor:
         return drop(torch.bmm(do_[tile.n, tile.I], c[tile.n, tile.J].mT, out=t.buffer("c", tile)), z)
+
+    def bend(tile: Tile, W: Tensor, ds: Tensor | None) -> None:
+        """From gradients by S to those by R = σ Q Kᵀ, S = c tanh(R/c) + ...; U holds tanh′ too."""
+        T, slope = t.bend(tile)
+        W.mul_(slope)
+        if has_ab:
+            W.addcmul_(t.buffer("ab", tile).mul_(T), ds, value=-2 / t.cap)
+        if ds is not None:
+            ds.mul_(slope)
 
     for tile in t:  # u = rowsum(P∘U), w = rowsum(P∘(U∘X + Z∘C)), g_do = (P∘U∘Z) V + (P∘Z) c − u O
         n, I, J = tile.n, tile.I, tile.J
@@ -174,6 +201,7 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
         p_, z = P(tile), t.keep(tile)
         if has_u:
             u_ = U(tile).sub_(u[n, I])
+        ds = None
         if scores:  # W = P∘((U − u)∘X + Z∘C − (w − u dlse)), dS = P∘X
             W = t.buffer("t", tile)
             if has_u:
@@ -185,6 +213,12 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
             if c is not None:
                 W += C(tile, z)
             W *= p_
+            if gm is not None:
+                t.add_to_mask(gm, tile, W)
+            if gh is not None:
+                t.add_to_slopes(gh, tile, W)
+            if bent:
+                bend(tile, W, ds)
             if gq is not None:
                 gq.add(n, I, W, t.k[n, J], alpha=t.scale)
                 if b is not None:
@@ -193,8 +227,6 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
                 gk.add(n, J, W.mT, t.q[n, I], alpha=t.scale)
                 if a is not None:
                     gk.add(n, J, ds.mT, a[n, I])
-            if gm is not None:
-                t.add_to_mask(gm, tile, W)
         if gv is not None and has_u:
             gv.add(n, J, drop(p_.mul_(u_), z).mT, do_[n, I])
     return (
@@ -204,12 +236,18 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
         None if gk is None else gk.whole(k.dtype),
         None if gv is None else gv.whole(k.dtype),
         None if gm is None else gm.reshape(m.shape).to(m.dtype),
+        None if gh is None else _to_slopes(gh, t, terms),
     )
 
 
-def keep(q, k, seed, causal, p):
+def _to_slopes(dh, t, terms):
+    """A gradient per sample, summed over the samples that share a slope."""
+    return to_mask(dh.view(t.batch), terms.slopes).to(terms.slopes.dtype)
+
+
+def keep(q, k, seed, p):
     """The whole dropout factor Z, put together from its tiles."""
-    t = Tiles(q, k, None, seed, causal, None, p)
+    t = Tiles(q, k, Terms(seed=seed, p=p))
     whole = t.zeros(t.L, t.S)
     for tile in t:
         whole[tile.n, tile.I, tile.J] = t.keep(tile)

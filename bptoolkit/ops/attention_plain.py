@@ -7,56 +7,105 @@ reverse over forward mode, and under `is_grads_batched=True`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops import attention_blocks as blocks
-from bptoolkit.ops.attention_tiles import to_mask, wide
+from bptoolkit.ops import attention_packed as packed
+from bptoolkit.ops.attention_tiles import Terms, to_mask, wide
 
 
-def scores(q: Tensor, k: Tensor, m: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-    """S = σ Q Kᵀ + M."""
-    s = q @ k.mT * (scale if scale is not None else max(q.shape[-1], 1) ** -0.5)  # *B L S
-    if causal:
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -math.inf)
+class Scores(NamedTuple):
+    """S, whole, and its parts."""
+
+    S: Tensor
+    T: Tensor | None  # tanh(σ Q Kᵀ / c), with a cap
+    distance: Tensor | None  # |i + shift − j|, with slopes
+
+
+def scores(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, terms: Terms) -> Scores:
+    """S = c tanh(σ Q Kᵀ / c) + M − h|distance|, −∞ where it is hidden."""
+    m, slopes, lengths, _, (left, right, end), scale, cap, _ = terms
+    s, t = q @ k.mT * (scale if scale is not None else max(q.shape[-1], 1) ** -0.5), None  # *B L S
+    if cap:
+        t = torch.tanh(s / cap)
+        s = cap * t
+    rows, columns = (torch.arange(n, device=s.device) for n in s.shape[-2:])
+    hidden = distance = None
+    if lengths is not None:
+        hidden = columns >= lengths[..., None, None]
+    if cu_q is not None:
+        at, of = _sequence(rows, cu_q), _sequence(columns, cu_k)
+        hidden = (at.number.unsqueeze(-1) != of.number) | (at.number < 1).unsqueeze(-1)
+        rows, columns = at.place + (_total(at, cu_q, cu_k) if end else 0), of.place
+    elif end:
+        rows = rows + (s.shape[-1] - s.shape[-2])
+    if left >= 0 or right >= 0 or slopes is not None:
+        ahead = columns - rows.unsqueeze(-1)  # L S: how far the column lies right of the row's place
+        for out in (ahead > right if right >= 0 else None, ahead < -left if left >= 0 else None):
+            hidden = out if hidden is None else hidden if out is None else hidden | out
+        if slopes is not None:
+            distance = ahead.abs().to(s.dtype)
+            s = s - slopes.to(s.dtype)[..., None, None] * distance
+    if hidden is not None:
+        s = s.masked_fill(hidden, -math.inf)
     if m is not None:
         s = s.masked_fill(~m, -math.inf) if m.dtype == torch.bool else s + m
-    return s
+    return Scores(s, t, distance)
 
 
-def probabilities(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P, and the largest score and l of every row: 0 and 1 where the row is masked out wholly."""
+class Sequence(NamedTuple):
+    """Of every row: the number of its sequence, from 1 on, 0 for none; and its place there."""
+
+    number: Tensor
+    place: Tensor
+
+
+def _sequence(rows: Tensor, cu: Tensor) -> Sequence:
+    number = (rows.unsqueeze(-1) >= cu).sum(-1)
+    place = rows - cu[(number - 1).clamp_min(0)]
+    return Sequence(number.masked_fill(number == cu.shape[0], 0), place)
+
+
+def _total(at: Sequence, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+    """How many more columns than rows the sequence of each row has."""
+    return (cu_k.diff() - cu_q.diff())[(at.number - 1).clamp_min(0)]
+
+
+def probabilities(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P, lse, the largest score and l of every row; −∞, 0 and 1 where the row is masked out wholly."""
     if s.shape[-1] == 0:
         top = s.new_zeros(s.shape[:-1])
-        return s, top, top + 1
+        return s, top - math.inf, top, top + 1
     top = s.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).min)  # *B L 1
     e = torch.exp(s - top)
     l = e.sum(-1, keepdim=True)
     unseen = l == 0
-    l = l.masked_fill(unseen, 1)
-    return e / l, top.masked_fill(unseen, 0).squeeze(-1), l.squeeze(-1)
+    l, top = l.masked_fill(unseen, 1), top.masked_fill(unseen, 0)
+    lse = (top + l.log()).masked_fill(unseen, -math.inf)
+    return e / l, lse.squeeze(-1), top.squeeze(-1), l.squeeze(-1)
 
 
 def widen(*tensors: Tensor | None) -> list[Any]:
     return [t.to(wide(t.dtype)) if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-def _keep_fake(q: Tensor, k: Tensor, seed: Tensor, causal: bool, p: float) -> Tensor:
+def _keep_fake(q: Tensor, k: Tensor, seed: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, p: float) -> Tensor:
     return q.new_empty((*q.shape[:-1], k.shape[-2]), dtype=wide(q.dtype))
 
 
-def _keep(q: Tensor, k: Tensor, seed: Tensor, causal: bool, p: float) -> Tensor:
-    return blocks.keep(q, k, seed, causal, p)
+def _keep(q: Tensor, k: Tensor, seed: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, p: float) -> Tensor:
+    return blocks.keep(q, k, seed, p) if cu_q is None else packed.keep(q, k, seed, cu_q, cu_k, p)
 
 
 KEEP = Opaque("attention_keep", _keep, _keep_fake, vmap="leading")
 
 
-def dropout_factor(q: Tensor, k: Tensor, seed: Tensor | None, causal: bool, p: float) -> Tensor | None:
-    return None if seed is None else KEEP(q.detach(), k.detach(), seed, causal, p)
+def dropout_factor(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, terms: Terms) -> Tensor | None:
+    return None if terms.seed is None else KEEP(q.detach(), k.detach(), terms.seed, cu_q, cu_k, terms.p)
 
 
 def times(t: Tensor, z: Tensor | None) -> Tensor:
@@ -64,13 +113,25 @@ def times(t: Tensor, z: Tensor | None) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, seed: Tensor | None, causal: bool, scale: float | None, p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    m: Tensor | None,
+    slopes: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    window: list[int],
+    scale: float | None,
+    cap: float,
+    p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, z = q.dtype, dropout_factor(q, k, seed, causal, p)
+    terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
+    dtype, z = q.dtype, dropout_factor(q, k, cu_q, cu_k, terms)
     q, k, v, m = widen(q, k, v, m)
-    P, top, l = probabilities(scores(q, k, m, causal, scale))
-    o = (times(P, z) @ v).to(dtype)  # *B L Ev
-    return o, top + l.log(), top, l
+    P, lse, top, l = probabilities(scores(q, k, cu_q, cu_k, terms._replace(m=m)).S)
+    return (times(P, z) @ v).to(dtype), lse, top, l  # *B L Ev
 
 
 def nothing(like: Tensor) -> Tensor:
@@ -85,38 +146,53 @@ def backward(
     k: Tensor,
     v: Tensor | None,
     m: Tensor | None,
+    slopes: Tensor | None,
+    lengths: Tensor | None,
     seed: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
     o: Tensor | None,
     top: Tensor,
     l: Tensor,
-    causal: bool,
+    window: list[int],
     scale: float | None,
+    cap: float,
     p: float,
     need: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = dropout_factor(q, k, seed, causal, p)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
+    z = dropout_factor(q, k, cu_q, cu_k, terms)
     Do, Q, K, V, M, O = widen(do, q, k, v, m, o)
-    P = probabilities(scores(Q, K, M, causal, scale))[0]
+    S, T, distance = scores(Q, K, cu_q, cu_k, terms._replace(m=M))
+    P = probabilities(S)[0]
     dv = (times(P, z).mT @ Do).to(do.dtype) if "v" in need else nothing(q)
     if need in ("", "v"):
-        return nothing(q), nothing(q), dv, nothing(q)
+        return nothing(q), nothing(q), dv, nothing(q), nothing(q)
     s = scale if scale is not None else max(q.shape[-1], 1) ** -0.5
     D = (Do * O).sum(-1) - (0 if dlse is None else dlse)  # *B L
     ds = P * (times(Do @ V.mT, z) - D.unsqueeze(-1))  # *B L S
+    dr = ds if T is None else ds * (1 - T * T)
     return (
-        (ds @ K * s).to(q.dtype) if "q" in need else nothing(q),
-        (ds.mT @ Q * s).to(k.dtype) if "k" in need else nothing(q),
+        (dr @ K * s).to(q.dtype) if "q" in need else nothing(q),
+        (dr.mT @ Q * s).to(k.dtype) if "k" in need else nothing(q),
         dv,
         to_mask(ds, m).to(m.dtype) if m is not None and "m" in need else nothing(q),
+        to_slopes(ds, distance, slopes) if slopes is not None and "s" in need else nothing(q),
     )
 
 
-def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, scale, p, need):
-    """The same in whole matrices, and from do, dlse, q, k, v and m alone: so it can be differentiated again."""
-    dtype, z = q.dtype, dropout_factor(q, k, seed, causal, p)
+def to_slopes(ds: Tensor, distance: Any, slopes: Tensor) -> Tensor:
+    return to_mask(-(ds * distance).sum((-2, -1)), slopes).to(slopes.dtype)
+
+
+def double_backward(a, b, c, e, f, do, dlse, q, k, v, cu_q, cu_k, terms, need):
+    """The same in whole matrices, and from the inputs of the rule and do, dlse alone: so it can be differentiated again."""
+    m, slopes, scale, cap = terms.m, terms.slopes, terms.scale, terms.cap
+    dtype, z = q.dtype, dropout_factor(q, k, cu_q, cu_k, terms)
     do, dlse, q, k, v, M, a, b, c, e = widen(do, dlse, q, k, v, m, a, b, c, e)
     s = scale if scale is not None else max(q.shape[-1], 1) ** -0.5
-    P = probabilities(scores(q, k, M, causal, scale))[0]
+    S, T, distance = scores(q, k, cu_q, cu_k, terms._replace(m=M))
+    P = probabilities(S)[0]
     R = times(P, z)
     zero = torch.zeros_like(P)
     U = zero
@@ -124,6 +200,10 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
         U = U + s * (a @ k.mT)
     if b is not None:
         U = U + s * (q @ b.mT)
+    if T is not None:
+        U = ab = U * (1 - T * T)
+    if f is not None:
+        U = U - f.to(P.dtype)[..., None, None] * distance
     if e is not None:
         U = U + e
     u = (P * U).sum(-1, keepdim=True)  # *B L 1
@@ -136,7 +216,10 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
         X = times(do @ v.mT, z) - D
     w = (P * (U * X + C)).sum(-1, keepdim=True)
     W = P * ((U - u) * X + C - (w if dlse is None else w - u * dlse.unsqueeze(-1)))
-    dS = P * X
+    dS = dR = P * X
+    WR = W
+    if T is not None:  # by R = σ Q Kᵀ, S = c tanh(R/c)
+        WR, dR = W * (1 - T * T) - (2 / cap) * dS * ab * T, dS * (1 - T * T)
 
     def total(*terms):
         return sum(t for t in terms if t is not None)
@@ -145,9 +228,9 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
     if "o" in need:
         g_do = total(None if v is None else (R * U) @ v - u * O, None if c is None else R @ c)
     if "q" in need:
-        gq = s * total(W @ k, None if b is None else dS @ b)
+        gq = s * total(WR @ k, None if b is None else dR @ b)
     if "k" in need:
-        gk = s * total(W.mT @ q, None if a is None else dS.mT @ a)
+        gk = s * total(WR.mT @ q, None if a is None else dR.mT @ a)
     return (
         None if g_do is None else g_do.to(dtype),
         u.squeeze(-1) if "l" in need else None,
@@ -155,4 +238,5 @@ def double_backward(a, b, c, e, do, dlse, q, k, v, m, seed, o, top, l, causal, s
         None if gk is None else gk.to(dtype),
         ((R * (U - u)).mT @ do).to(dtype) if "v" in need else None,
         to_mask(W, m).to(m.dtype) if "m" in need else None,
+        to_slopes(W, distance, slopes) if "s" in need else None,
     )

@@ -40,6 +40,23 @@ def to_mask(t: Tensor, m: Tensor) -> Tensor:
     return t.sum(over, keepdim=True) if over else t
 
 
+EVERYWHERE = (-1, -1, 0)  # a window without bounds
+CAUSAL = (-1, 0, 0)
+
+
+class Terms(NamedTuple):
+    """What the scores depend on beside q and k, and what is done to P."""
+
+    m: Tensor | None = None  # the mask, of as many dimensions as the scores
+    slopes: Tensor | None = None  # of ALiBi, of as many dimensions as the batch
+    lengths: Tensor | None = None  # of the keys, likewise
+    seed: Tensor | None = None  # of the dropout
+    window: Sequence[int] = EVERYWHERE  # left and right bound, −1 for none; 1 if the last row stands at the last column, else 0
+    scale: float | None = None
+    cap: float = 0.0  # of the scores; 0 for none
+    p: float = 0.0
+
+
 class Tile(NamedTuple):
     """Where a tile lies."""
 
@@ -55,23 +72,21 @@ class Tile(NamedTuple):
 
 
 class Tiles:
-    """S = σ Q Kᵀ + M, tile by tile, in buffers that are allocated once."""
+    """S = c tanh(σ Q Kᵀ / c) + M − h|distance|, tile by tile, in buffers that are allocated once."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        m: Tensor | None,
-        seed: Tensor | None,
-        causal: bool,
-        scale: float | None,
-        p: float,
-        sides: tuple[int, int] = (512, 256),
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, terms: Terms, sides: tuple[int, int] = (512, 256)) -> None:
+        m, slopes, lengths, seed, self.window, scale, self.cap, self.p = terms
         self.batch, (self.L, E), self.S = tuple(q.shape[:-2]), q.shape[-2:], k.shape[-2]
         self.N, self.dtype, self.device = math.prod(self.batch), wide(q.dtype), q.device
-        self.q, self.k, self.causal, self.p = self.flat(q), self.flat(k), causal, p
+        self.q, self.k = self.flat(q), self.flat(k)
         self.scale = scale if scale is not None else max(E, 1) ** -0.5
+        left, right, end = self.window
+        self.shift = self.S - self.L if end else 0  # row i stands at column i + shift
+        self.slopes = None if slopes is None else self.sample(slopes).to(self.dtype)
+        self.lengths = None if lengths is None else self.sample(lengths)
+        self.stops = None if self.lengths is None else self.lengths.flatten().tolist()
+        # whether a row may see nothing, in all or in the first of its tiles
+        self.blind = m is not None or lengths is not None or left >= 0 or (right >= 0 and self.shift < 0)
         # exp2 is over twice as fast as exp; but in its unit an additive mask of float32's lowest number would overflow
         self.unit = 1 / math.log(2) if m is None or m.dtype == torch.bool else 1.0
         self.over = self.batch  # the batch dimensions that m has
@@ -79,13 +94,15 @@ class Tiles:
             self.over, m = (self.N,), None if m is None else m.reshape(1, *m.shape[-2:])
         self.m = m
         # dropout masks are drawn by tiles, so these have to be the same in every pass, also where vmap changes N in between
-        size = (0, self.device.type) if seed is not None else (self.N, self.device.type, (256, 256) if causal else sides)
+        bounded = left >= 0 or right >= 0
+        size = (0, self.device.type) if seed is not None else (self.N, self.device.type, (256, 256) if bounded else sides)
         self.rows, self.columns = tile_size(self.L, self.S, *size)
         self.samples = tile_samples(self.rows, self.columns, self.device.type)
         self.seeds = None if seed is None else _seeds(seed, self.N)
         self.generator = None if seed is None else torch.Generator(self.device)
         self.buffers: dict[str, Tensor] = {}
-        self.triangles: dict[tuple[int, int, int], Tensor] = {}
+        self.edges: dict[tuple[int, int, int], Tensor] = {}
+        self.steps: dict[tuple[int, int], Tensor] = {}
 
     def flat(self, t: Tensor) -> Tensor:
         """(*B, a, b) -> (N, a, b), in the dtype of the scores."""
@@ -94,6 +111,10 @@ class Tiles:
     def column(self, t: Tensor) -> Tensor:
         """(*B, L) -> (N, L, 1)."""
         return t.reshape(self.N, self.L, 1).to(self.dtype)
+
+    def sample(self, t: Tensor) -> Tensor:
+        """A number per sample, broadcast over the batch: (N, 1, 1)."""
+        return t.expand(self.batch).reshape(self.N, 1, 1)
 
     def zeros(self, rows: int, columns: int) -> Tensor:
         """(N, rows, columns), to add up in."""
@@ -112,12 +133,19 @@ class Tiles:
         if not self.N or not self.L:
             return
         for n, at, batch in _pieces(self.over, self.samples):
+            end = self.S if self.stops is None else min(self.S, max(self.stops[n]))
             for i in range(0, self.L, self.rows):
                 I = slice(i, min(i + self.rows, self.L))
-                seen = min(I.stop, self.S) if self.causal else self.S
-                yield [
-                    Tile(n, at, batch, I, slice(j, min(j + self.columns, self.S))) for j in range(0, seen, self.columns or 1)
-                ]
+                first, last = self.seen(I)
+                columns = range(first - first % max(self.columns, 1), min(last, end), self.columns or 1)
+                yield [Tile(n, at, batch, I, slice(j, min(j + self.columns, self.S))) for j in columns]
+
+    def seen(self, I: slice) -> tuple[int, int]:
+        """The columns that some row of I may see by its place: from the first up to the last, exclusive."""
+        left, right, _ = self.window
+        first = I.start + self.shift - left if left >= 0 else 0
+        last = I.stop + self.shift + right if right >= 0 else self.S
+        return max(first, 0), min(last, self.S)
 
     def __iter__(self) -> Iterator[Tile]:
         return (tile for band in self.bands() for tile in band)
@@ -129,16 +157,28 @@ class Tiles:
             self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
         return self.buffers[name][: math.prod(tile.shape)].view(tile.shape)
 
-    def scores(self, tile: Tile, minus: Tensor | None = None) -> Tensor:
-        """S of a tile in `unit`s, less a column of row terms; −inf where it is masked."""
+    def scores(self, tile: Tile, minus: Tensor | None = None, bent: bool = False) -> Tensor:
+        """S of a tile in `unit`s, less a column of row terms; −inf where it is masked. `bent`: keep the tanh for `bend`."""
         n, I, J = tile.n, tile.I, tile.J
-        s, alpha = self.buffer("s", tile), self.scale * self.unit
-        if minus is None:
-            torch.baddbmm(s, self.q[n, I], self.k[n, J].mT, beta=0, alpha=alpha, out=s)
+        s = self.buffer("s", tile)
+        if self.cap:
+            torch.baddbmm(s, self.q[n, I], self.k[n, J].mT, beta=0, alpha=self.scale / self.cap, out=s).tanh_()
+            if bent:
+                self.buffer("tanh", tile).copy_(s)
+            s.mul_(self.cap * self.unit)
+            if minus is not None:
+                s.sub_(minus[n, I])
+        elif minus is None:
+            torch.baddbmm(s, self.q[n, I], self.k[n, J].mT, beta=0, alpha=self.scale * self.unit, out=s)
         else:
-            torch.baddbmm(minus[n, I], self.q[n, I], self.k[n, J].mT, beta=-1, alpha=alpha, out=s)
-        if self.causal and J.stop - 1 > I.start:
-            s += self.triangle(tile)
+            torch.baddbmm(minus[n, I], self.q[n, I], self.k[n, J].mT, beta=-1, alpha=self.scale * self.unit, out=s)
+        if self.slopes is not None:
+            s.addcmul_(self.slopes[n], self.distance(tile), value=-self.unit)
+        left, right, _ = self.window
+        if 0 <= right < J.stop - 1 - I.start - self.shift or 0 <= left < I.stop - 1 + self.shift - J.start:
+            s += self.edge(tile)
+        if self.stops is not None and min(self.stops[n]) < J.stop:
+            s.masked_fill_(torch.arange(J.start, J.stop, device=self.device) >= self.lengths[n], -math.inf)
         if self.m is not None:
             m = self.part(self.m, tile)
             if m.dtype == torch.bool:
@@ -146,17 +186,36 @@ class Tiles:
             s.view(*tile.batch, *s.shape[1:]).add_(m)
         return s
 
+    def bend(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """tanh(σ Q Kᵀ / c), kept by `scores`, and 1 less its square: the derivative of S by σ Q Kᵀ."""
+        t = self.buffer("tanh", tile)
+        return t, torch.mul(t, t, out=self.buffer("bend", tile)).neg_().add_(1)
+
+    def distance(self, tile: Tile) -> Tensor:
+        """|i + shift − j| of a tile."""
+        shape = tile.shape[1:]
+        if shape not in self.steps:
+            rows, columns = (torch.arange(n, dtype=self.dtype, device=self.device) for n in shape)
+            self.steps[shape] = rows.unsqueeze(-1) - columns
+        return (self.steps[shape] + (tile.I.start + self.shift - tile.J.start)).abs_()
+
+    def add_to_slopes(self, dslopes: Tensor, tile: Tile, ds: Tensor) -> None:
+        """Add what a tile of a gradient of S gives to the slopes, (N,)."""
+        dslopes[tile.n] -= ds.flatten(1) @ self.distance(tile).flatten()
+
     def exp(self, s: Tensor) -> Tensor:
         """The exponential of scores in `unit`s, in place."""
         return s.exp_() if self.unit == 1 else s.exp2_()
 
-    def triangle(self, tile: Tile) -> Tensor:
-        """What a causal mask adds: −inf where column j lies right of row i."""
-        key = (tile.shape[1], tile.shape[2], 1 + tile.I.start - tile.J.start)
-        if key not in self.triangles:
+    def edge(self, tile: Tile) -> Tensor:
+        """What a window adds: −inf where column j lies right or left of what row i may see."""
+        (left, right, _), (_, rows, columns) = self.window, tile.shape
+        key = rows, columns, tile.I.start + self.shift - tile.J.start
+        if key not in self.edges:
             hidden = torch.full(key[:2], -math.inf, dtype=self.dtype, device=self.device)
-            self.triangles[key] = hidden.triu_(key[2])
-        return self.triangles[key]
+            edge = hidden.triu(key[2] + right + 1) if right >= 0 else torch.zeros_like(hidden)
+            self.edges[key] = edge.add_(hidden.tril_(key[2] - left - 1)) if left >= 0 else edge
+        return self.edges[key]
 
     def keep(self, tile: Tile) -> Tensor | None:
         """The dropout factor Z of a tile, 0 or 1/(1 − p): the same in every pass. None without dropout."""
@@ -209,7 +268,9 @@ class Sums:
         if shape[1] < self.shape[1]:
             return torch.empty(shape, dtype=dtype, device=device)
         if self.all is None:
-            self.all = torch.empty(self.shape, dtype=dtype, device=device)
+            # with all rows in one block, some samples may have no tile at all
+            new = torch.zeros if self.tiles.blind else torch.empty
+            self.all = new(self.shape, dtype=dtype, device=device)
         return self.all[n]
 
     def whole(self, dtype: torch.dtype) -> Tensor:

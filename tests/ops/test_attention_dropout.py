@@ -17,7 +17,7 @@ def test_dropout_in_every_order(small_tiles, causal):
     p, m = 0.3, () if causal else (torch.randn(5, 7, dtype=DOUBLE).requires_grad_(),)
     xs = (*qkv(2, 3), *m)
     torch.manual_seed(3)
-    z = keep_of(*xs[:2], p, causal)
+    z = keep_of(*xs[:2], p)
     assert set(z.unique().tolist()) == {0.0, 1 / (1 - p)}
 
     def orders(fn):

@@ -1,0 +1,140 @@
+"""The rule of attention: what `bptoolkit.ops.attention` and `bptoolkit.ops.attention_varlen` both run.
+
+Maths     R = σ Q Kᵀ      S = c tanh(R/c) + M − h|i + s − j|      P = softmax of S's rows      O = (P∘Z) V
+          lse = log Σⱼ exp Sᵢⱼ
+          D = rowsum(dO∘O) − dlse      X = Z∘(dO Vᵀ) − D      dS = P∘X      τ = tanh(R/c)      dR = dS∘(1 − τ²)
+          dQ = σ dR K      dK = σ dRᵀ Q      dV = (P∘Z)ᵀ dO      dM = dS, summed over what M was broadcast over
+          dh = −Σ dS∘|i + s − j|
+Twice     at cotangents a, b, c, e, f of dQ, dK, dV, dM, dh, without a cap:
+          U = σ (a Kᵀ + Q bᵀ) + e − f|i + s − j|      C = dO cᵀ
+          u = rowsum(P∘U)      w = rowsum(P∘(U∘X + Z∘C))
+          g_dO = (P∘Z∘U) V + (P∘Z) c − u O      g_dlse = u
+          W = P∘((U − u)∘X + Z∘C − (w − u dlse))
+          gQ = σ (W K + dS b)      gK = σ (Wᵀ Q + dSᵀ a)      gV = (P∘Z∘(U − u))ᵀ dO      gM = W, summed      gh = −Σ W∘|i + s − j|
+          With a cap, A = σ (a Kᵀ + Q bᵀ) enters U as A∘(1 − τ²), and in gQ and gK stand for W and dS
+          W∘(1 − τ²) − (2/c) dS∘A∘τ∘(1 − τ²)      and      dS∘(1 − τ²)
+Letters   *B batch and heads; L queries, rows i; S keys, columns j; E, Ev features; M the additive mask (−inf where a boolean
+          mask, a causal one, a window or a length hides); c the cap of the scores, without one S = R + ...; h the slopes of
+          ALiBi; s is 0, or S − L where the last query stands at the last key; Z the dropout factor, 0 or 1/(1 − p);
+          ∘ elementwise; kept are o, a row's largest score (top) and l = Σⱼ exp(Sᵢⱼ − topᵢ)
+Numerics  scores, O's sums and lse in float32 for half inputs; a row that sees nothing gives 0 and gradients 0, its lse is −inf
+Source    Vaswani et al. 2017, eq. 1; the backward by tiles: Dao et al. 2022 (FlashAttention), algorithm 4; windows: Beltagy et
+          al. 2020 (Longformer), section 3.1; the cap: Gemma Team 2024 (Gemma 2), section 2; slopes: Press et al. 2022, section 3;
+          the second order is derived in docs/attention.md
+
+No pass keeps an L × S matrix: forward, backward and the backward's backward are loops over tiles (`attention_blocks.py`), or over
+sequences and tiles (`attention_packed.py`). `attention_plain.py` says the same in whole matrices; third derivatives and reverse over
+forward mode are autograd's of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bptoolkit.function import Rule, _transforms_active
+from bptoolkit.opaque import Opaque, _legacy_batched
+from bptoolkit.ops import attention_blocks as blocks
+from bptoolkit.ops import attention_packed as packed
+from bptoolkit.ops import attention_plain as plain
+from bptoolkit.ops.attention_plain import nothing
+from bptoolkit.ops.attention_tiles import Terms, wide
+
+# The three loops, as nodes of a graph --------------------------------------------------------------------------------------
+
+
+def _forward_fast(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
+    terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
+    return blocks.forward(q, k, v, terms) if cu_q is None else packed.forward(q, k, v, cu_q, cu_k, terms)
+
+
+def _forward_fake(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
+    row = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), row, torch.empty_like(row), torch.empty_like(row)
+
+
+ATTEND = Opaque("attention", plain.forward, _forward_fake, vmap="leading", fast=_forward_fast)
+
+
+def _backward_fast(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
+    terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
+    if cu_q is None:
+        grads = blocks.backward(do, dlse, q, k, v, o, top, l, terms, need)
+    else:
+        grads = packed.backward(do, dlse, q, k, v, o, top, l, cu_q, cu_k, terms, need)
+    return tuple(nothing(q) if g is None else g for g in grads)
+
+
+def _backward_fake(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
+    like = {"q": (q.shape, q), "k": (k.shape, q), "v": ((*k.shape[:-1], do.shape[-1]), q)}
+    like |= {x: (t.shape, t) for x, t in (("m", m), ("s", slopes)) if t is not None}
+    return tuple(q.new_empty(like[x][0], dtype=like[x][1].dtype) if x in need else nothing(q) for x in "qkvms")
+
+
+def _double(cotangents, need, *args):
+    """The vjp of backward. `need`: do, dlse, q, k, v, m, slopes, and what has none: integers, and o, top, l, which are hints."""
+    do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, asked = args
+    cotangents = [g if x in asked else None for g, x in zip(cotangents, "qkvms")]
+    wanted = "".join(x for x, n in zip("olqkvms", need) if n)
+    if all(g is None for g in cotangents):
+        return [None if not n else torch.zeros_like(t) for n, t in zip(need, args)]
+    terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
+    if _transforms_active() or _legacy_batched((*cotangents, *args)):
+        grads = plain.double_backward(*cotangents, do, dlse, q, k, v, cu_q, cu_k, terms, wanted)
+    else:
+        with torch.no_grad():
+            if cu_q is None:
+                grads = blocks.double_backward(*cotangents, do, dlse, q, k, v, o, top, l, terms, wanted)
+            else:
+                grads = packed.double_backward(*cotangents, do, dlse, q, k, v, o, top, l, cu_q, cu_k, terms, wanted)
+    return [*grads, *(None,) * 7]
+
+
+def _push(tangents, *args):
+    """The jvp of backward: linear in do and dlse; in the other inputs its Jacobian is a Hessian, hence its own transpose."""
+    ddo, ddlse, *others = tangents[:7]
+    do, q, asked = args[0], args[2], args[-1]
+    asked_of = [x in asked for x in "qkvms"]
+    out = [None] * 5
+    if ddo is not None or ddlse is not None:
+        first = BACKWARD(torch.zeros_like(do) if ddo is None else ddo, ddlse, *args[2:])
+        out = [t if n else None for t, n in zip(first, asked_of)]
+    if any(t is not None for t in others):
+        need = [False, False, *asked_of, *(False,) * 7]
+        second = BACKWARD.vjp(others, need, *args[:-1], "qkvms")[2:7]
+        out = [x if y is None else y if x is None else x + y for x, y in zip(out, second)]
+    return tuple(torch.zeros_like(nothing(q)) if t is None else t for t in out)
+
+
+BACKWARD = Opaque(
+    "attention_backward", plain.backward, _backward_fake, vmap="leading", vjp=_double, jvp=_push, fast=_backward_fast
+)
+
+
+# The rule ------------------------------------------------------------------------------------------------------------------
+
+
+def forward(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
+    return ATTEND(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p)
+
+
+def backward(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
+    asked = "".join(x for x, n in zip("qkvms", need) if n)
+    if do is None:  # only lse was used, which does not depend on v
+        if v is None:
+            return (None,) * 9
+        do = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    # o, top and l tell the tiles what they need not recompute; how they depend on the inputs is inside the formulas
+    o = None if o is None else o.detach()
+    grads = BACKWARD(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, asked)
+    return *(g if n else None for g, n in zip(grads, need)), None, None, None, None
+
+
+RULE = Rule(
+    "attention",
+    forward,
+    backward,
+    inputs="q k v m slopes lengths seed cu_q cu_k",
+    outputs="o lse top l",
+    constants="top l",
+    uses={"v": "q k m slopes lengths seed cu_q cu_k top l"},
+)
