@@ -32,6 +32,7 @@ from bptoolkit.ops.adaptive_pool import adaptive_max_pool3d as adaptive_max_pool
 from bptoolkit.ops.add_norm import add_layer_norm as add_layer_norm
 from bptoolkit.ops.add_norm import add_rms_norm as add_rms_norm
 from bptoolkit.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
+from bptoolkit.ops.attention_varlen import varlen_attention as varlen_attention
 from bptoolkit.ops.avg_pool import avg_pool1d as avg_pool1d
 from bptoolkit.ops.avg_pool import avg_pool2d as avg_pool2d
 from bptoolkit.ops.avg_pool import avg_pool3d as avg_pool3d

@@ -38,6 +38,7 @@ NAMES = (
     "loss_multi_margin",
     "loss_embedding",
     "attention",
+    "attention_varlen",
     "multihead_attention",
     "lstm",
     "gru",

@@ -21,7 +21,7 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.op import LOW, Op
 from bptoolkit.ops import attention_options as options
 from bptoolkit.ops.attention_rule import RULE
-
+from bptoolkit.ops.attention_varlen import is_nested, nested_attention
 
 NAME = "scaled_dot_product_attention"
 
@@ -80,6 +80,17 @@ def scaled_dot_product_attention(
         TypeError: the tensors are not of one floating-point dtype, or the mask, slopes, lengths or window are not of a dtype
             or type that they can have.
     """
+    if is_nested(query, key, value):
+        left_out = {"attn_mask": attn_mask, "key_lengths": key_lengths}
+        given: dict[str, Any] = {
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "scale": scale,
+            "enable_gqa": enable_gqa,
+            "window": window,
+        }
+        given |= {"causal_align": causal_align, "softcap": softcap, "alibi_slopes": alibi_slopes, "return_lse": return_lse}
+        return nested_attention(query, key, value, backend, left_out, given)
     q, k, v, m = OP.cast(query, key, value, attn_mask)
     OP.check(q, k, v)
     p = options.read_dropout(NAME, dropout_p)
@@ -145,7 +156,7 @@ def reference(
     key_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """The op of torch, by its plain form: the fused ones cannot be differentiated twice. What torch lacks: in whole matrices."""
+    """The op of torch, by its plain form: the fused ones cannot be differentiated twice. What it lacks, in whole matrices."""
     if (window, causal_align, softcap, alibi_slopes, key_lengths, return_lse) == (None, "top_left", None, None, None, False):
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(
@@ -198,12 +209,12 @@ def case(draw: Draw) -> Case:
     elif kind == "additive":
         kwargs["attn_mask"] = draw.tensor(*over)
     if draw.flag():
-        kwargs.update(extras(draw, L, S, H * G, B[0] if B else None))
+        kwargs.update(extras(draw, S, H * G, B[0] if B else None))
         kwargs["return_lse"] = draw.choice((False, False, True)) and kind != "boolean" and sees_all(kwargs, L, S)
     return Case((q, k, v), kwargs)
 
 
-def extras(draw: Draw, L: int, S: int, H: int, B: int | None) -> dict[str, Any]:
+def extras(draw: Draw, S: int, H: int, B: int | None) -> dict[str, Any]:
     """Some of the options that torch lacks."""
     third, out = (True, False, False), {}
     if draw.choice(third):

@@ -169,9 +169,8 @@ def double_backward(a, b, c, e, f, do, dlse, q, k, v, o, top, l, terms, need):
         """From gradients by S to those by R = σ Q Kᵀ, S = c tanh(R/c) + ...; U holds tanh′ too."""
         T, slope = t.bend(tile)
         W.mul_(slope)
-        if has_ab:
+        if has_ab and ds is not None:
             W.addcmul_(t.buffer("ab", tile).mul_(T), ds, value=-2 / t.cap)
-        if ds is not None:
             ds.mul_(slope)
 
     for tile in t:  # u = rowsum(P∘U), w = rowsum(P∘(U∘X + Z∘C)), g_do = (P∘U∘Z) V + (P∘Z) c − u O

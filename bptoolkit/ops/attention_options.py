@@ -1,4 +1,4 @@
-"""What attention's two functions are asked for beside their tensors: windows, caps, slopes, lengths; their checks and layout."""
+"""The options of attention's two functions: windows, caps, slopes, lengths; their checks and layout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Attention of packed sequences: the loops of `attention_blocks`, once per sequence.
 
-q *B N E and k, v *B M E hold sequences one after another; number b is rows cu_q[b] ... cu_q[b + 1] of q and likewise of k and v. No
-score between two sequences exists. Rows outside every sequence see nothing.
+q *B N E and k, v *B M E hold sequences one after another; number b is rows cu_q[b] ... cu_q[b + 1] of q and likewise of k and
+v. No score between two sequences exists. Rows outside every sequence see nothing.
 """
 
 from __future__ import annotations

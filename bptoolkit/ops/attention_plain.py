@@ -37,7 +37,7 @@ def scores(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, terms
     hidden = distance = None
     if lengths is not None:
         hidden = columns >= lengths[..., None, None]
-    if cu_q is not None:
+    if cu_q is not None and cu_k is not None:
         at, of = _sequence(rows, cu_q), _sequence(columns, cu_k)
         hidden = (at.number.unsqueeze(-1) != of.number) | (at.number < 1).unsqueeze(-1)
         rows, columns = at.place + (_total(at, cu_q, cu_k) if end else 0), of.place

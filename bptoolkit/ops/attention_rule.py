@@ -10,7 +10,8 @@ Twice     at cotangents a, b, c, e, f of dQ, dK, dV, dM, dh, without a cap:
           u = rowsum(P∘U)      w = rowsum(P∘(U∘X + Z∘C))
           g_dO = (P∘Z∘U) V + (P∘Z) c − u O      g_dlse = u
           W = P∘((U − u)∘X + Z∘C − (w − u dlse))
-          gQ = σ (W K + dS b)      gK = σ (Wᵀ Q + dSᵀ a)      gV = (P∘Z∘(U − u))ᵀ dO      gM = W, summed      gh = −Σ W∘|i + s − j|
+          gQ = σ (W K + dS b)      gK = σ (Wᵀ Q + dSᵀ a)      gV = (P∘Z∘(U − u))ᵀ dO
+          gM = W, summed      gh = −Σ W∘|i + s − j|
           With a cap, A = σ (a Kᵀ + Q bᵀ) enters U as A∘(1 − τ²), and in gQ and gK stand for W and dS
           W∘(1 − τ²) − (2/c) dS∘A∘τ∘(1 − τ²)      and      dS∘(1 − τ²)
 Letters   *B batch and heads; L queries, rows i; S keys, columns j; E, Ev features; M the additive mask (−inf where a boolean
@@ -19,12 +20,12 @@ Letters   *B batch and heads; L queries, rows i; S keys, columns j; E, Ev featur
           ∘ elementwise; kept are o, a row's largest score (top) and l = Σⱼ exp(Sᵢⱼ − topᵢ)
 Numerics  scores, O's sums and lse in float32 for half inputs; a row that sees nothing gives 0 and gradients 0, its lse is −inf
 Source    Vaswani et al. 2017, eq. 1; the backward by tiles: Dao et al. 2022 (FlashAttention), algorithm 4; windows: Beltagy et
-          al. 2020 (Longformer), section 3.1; the cap: Gemma Team 2024 (Gemma 2), section 2; slopes: Press et al. 2022, section 3;
-          the second order is derived in docs/attention.md
+          al. 2020 (Longformer), section 3.1; the cap: Gemma Team 2024 (Gemma 2), section 2; slopes: Press et al. 2022, section
+          3; the second order is derived in docs/attention.md
 
-No pass keeps an L × S matrix: forward, backward and the backward's backward are loops over tiles (`attention_blocks.py`), or over
-sequences and tiles (`attention_packed.py`). `attention_plain.py` says the same in whole matrices; third derivatives and reverse over
-forward mode are autograd's of it.
+No pass keeps an L × S matrix: forward, backward and the backward's backward are loops over tiles (`attention_blocks.py`), or
+over sequences and tiles (`attention_packed.py`). `attention_plain.py` says the same in whole matrices; third derivatives and
+reverse over forward mode are autograd's of it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _backward_fake(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, t
 
 
 def _double(cotangents, need, *args):
-    """The vjp of backward. `need`: do, dlse, q, k, v, m, slopes, and what has none: integers, and o, top, l, which are hints."""
+    """The vjp of backward. `need`: do, dlse, q, k, v, m, slopes, and what has none: integers; the hints o, top, l."""
     do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, asked = args
     cotangents = [g if x in asked else None for g, x in zip(cotangents, "qkvms")]
     wanted = "".join(x for x, n in zip("olqkvms", need) if n)

@@ -177,7 +177,7 @@ class Tiles:
         left, right, _ = self.window
         if 0 <= right < J.stop - 1 - I.start - self.shift or 0 <= left < I.stop - 1 + self.shift - J.start:
             s += self.edge(tile)
-        if self.stops is not None and min(self.stops[n]) < J.stop:
+        if self.lengths is not None and self.stops is not None and min(self.stops[n]) < J.stop:
             s.masked_fill_(torch.arange(J.start, J.stop, device=self.device) >= self.lengths[n], -math.inf)
         if self.m is not None:
             m = self.part(self.m, tile)
