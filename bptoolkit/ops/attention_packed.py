@@ -31,7 +31,7 @@ def backward(do, dlse, q, k, v, o, top, l, cu_q, cu_k, terms, need):
     like = {"q": q, "k": k, "v": v, "s": terms.slopes}
     if "v" in need and v is None:
         like["v"] = k.new_empty(*k.shape[:-1], do.shape[-1])
-    grads = {x: torch.zeros_like(t) for x, t in like.items() if x in need}
+    grads = {x: t.new_zeros(t.shape) for x, t in like.items() if x in need}
     for I, J, one in sequences(q, k, cu_q, cu_k, terms):
         dO, Q, O = (_rows(t, I) for t in (do, q, o))
         K, V = (_rows(t, J) for t in (k, v))
@@ -42,7 +42,7 @@ def backward(do, dlse, q, k, v, o, top, l, cu_q, cu_k, terms, need):
 
 def double_backward(a, b, c, e, f, do, dlse, q, k, v, o, top, l, cu_q, cu_k, terms, need):
     like = {"o": do, "l": top, "q": q, "k": k, "v": v, "s": terms.slopes}
-    grads = {x: torch.zeros_like(t) for x, t in like.items() if x in need}
+    grads = {x: t.new_zeros(t.shape) for x, t in like.items() if x in need}
     for I, J, one in sequences(q, k, cu_q, cu_k, terms):
         A, dO, Q, O = (_rows(t, I) for t in (a, do, q, o))
         B, C, K, V = (_rows(t, J) for t in (b, c, k, v))
