@@ -7,6 +7,7 @@ import math
 
 import torch
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bptoolkit as bp
 from bptoolkit.ops import attention_plain
@@ -42,6 +43,19 @@ def orders(fn, xs, top=3):
         grads = torch.autograd.grad(scalar, (*dout, *xs), **kwargs)
         found += grads
     return [t.detach() for t in found]
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operator returned."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and not func.is_view:  # a view may be expanded
+                self.most = max(self.most, t.numel())
+        return out
 
 
 MASKS = {

@@ -94,6 +94,7 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "cross_entropy": lambda n, s: (r(20 + s, 7, n), torch.zeros(20 + s, n, dtype=torch.int64)),
     "scaled_dot_product_attention": lambda n, s: (r(20 + s, 3, n, 4), r(20 + s, 3, n + 40, 4), r(20 + s, 3, n + 40, 6)),
     "varlen_attention": lambda n, s: (*(r(20 + s, n, 4) for _ in range(3)), torch.tensor([0, 7, 7, 20])),
+    "linear_attention": lambda n, s: (r(20 + s, n, 4), r(20 + s, n + 40, 4), r(20 + s, n + 40, 6)),
     "lstm": recurrent(4),
     "gru": recurrent(3),
     "rnn": recurrent(1),

@@ -39,6 +39,7 @@ NAMES = (
     "loss_embedding",
     "attention",
     "attention_varlen",
+    "linear_attention",
     "multihead_attention",
     "lstm",
     "gru",

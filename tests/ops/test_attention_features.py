@@ -7,11 +7,10 @@ import math
 
 import pytest
 import torch
-from attending import DOUBLE, close, gradients, orders, qkv, sdpa
+from attending import DOUBLE, Largest, close, gradients, orders, qkv, sdpa
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacrev, jvp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bptoolkit as bp
 from bptoolkit.ops import attention_plain, attention_rule
@@ -235,19 +234,6 @@ def test_dtypes(name, dtype, tolerance):
 
 
 # No L × S matrix -----------------------------------------------------------------------------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any operator returned."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor) and not func.is_view:  # a view may be expanded
-                self.most = max(self.most, t.numel())
-        return out
 
 
 @pytest.mark.parametrize("packed", [False, True])
