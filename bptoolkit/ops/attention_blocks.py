@@ -22,7 +22,8 @@ def forward(q, k, v, terms):
     """O, lse, T and l, with the running maximum of Milakov & Gimelshein 2018."""
     t = Tiles(q, k, terms, (512, 512))
     v, o = t.flat(v), t.sums(t.L, v.shape[-1])
-    top, l, lse = t.zeros(t.L, 1), t.zeros(t.L, 1).add_(1), t.zeros(t.L, 1).sub_(math.inf)
+    top, l = t.zeros(t.L, 1), t.zeros(t.L, 1).add_(1)
+    lse = t.zeros(t.L, 1).sub_(math.inf) if t.blind else None
     lowest = torch.finfo(t.dtype).min / (1 if t.unit == 1 else 2)  # finite in `unit`s too
     for band in t.bands():
         for c, tile in enumerate(band):
@@ -44,13 +45,14 @@ def forward(q, k, v, terms):
             block = o.add(n, I, s, v[n, J])
             t0, l0 = t1, l1
         if band:
-            lse[n, I] = l0.log().add_(t0)
-            if t.blind:
+            if lse is not None:
+                lse[n, I] = l0.log().add_(t0)
                 nothing = l0 == 0
                 l0.masked_fill_(nothing, 1)
                 t0.masked_fill_(nothing, 0)
             block.div_(l0)
             top[n, I], l[n, I] = t0, l0
+    lse = top + l.log() if lse is None else lse
     return o.whole(q.dtype), *(t.back(x, t.dtype).squeeze(-1) for x in (lse, top, l))
 
 

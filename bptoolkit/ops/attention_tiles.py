@@ -86,7 +86,7 @@ class Tiles:
         self.lengths = None if lengths is None else self.sample(lengths)
         self.stops = None if self.lengths is None else self.lengths.flatten().tolist()
         # whether a row may see nothing, in all or in the first of its tiles
-        self.blind = m is not None or lengths is not None or left >= 0 or (right >= 0 and self.shift < 0)
+        self.blind = m is not None or lengths is not None or left >= 0 or (right >= 0 and self.shift < 0) or not self.S
         # exp2 is over twice as fast as exp; but in its unit an additive mask of float32's lowest number would overflow
         self.unit = 1 / math.log(2) if m is None or m.dtype == torch.bool else 1.0
         self.over = self.batch  # the batch dimensions that m has

@@ -29,7 +29,7 @@ from bptoolkit.opaque import Opaque
 from bptoolkit.precision import wide
 
 NAME = "linear_attention"
-CHUNK = 128  # rows: a chunk's matrix of scores and the state are of a size
+CHUNK = 64  # rows: a chunk's matrix of scores and the state are of a size
 
 # The causal product --------------------------------------------------------------------------------------------------------
 
