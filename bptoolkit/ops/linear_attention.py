@@ -17,6 +17,7 @@ T(G, F, dN′). So each is done in chunks with a running state of E × Ev number
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -36,12 +37,12 @@ CHUNK = 64  # rows: a chunk's matrix of scores and the state are of a size
 
 def _product(a: Tensor, b: Tensor, c: Tensor, reverse: bool) -> Tensor:
     """y_i = Σⱼ (a_i·b_j) c_j over j ≤ i, or j ≥ i if reverse; in chunks with a running state Σⱼ b_j c_jᵀ."""
-    L, shape = a.shape[-2], (*a.shape[:-1], c.shape[-1])
-    a, b, c = (t.reshape(-1, *t.shape[-2:]) for t in (a, b, c))
+    N, L, shape = prod(a.shape[:-2]), a.shape[-2], (*a.shape[:-1], c.shape[-1])
+    a, b, c = (t.reshape(N, *t.shape[-2:]) for t in (a, b, c))
     starts = list(range(0, L, CHUNK))
     state, out = None, []
     for i in reversed(starts) if reverse else starts:
-        a_, b_, c_ = (t[:, i : i + CHUNK] for t in (a, b, c))
+        a_, b_, c_ = (t.narrow(1, i, min(CHUNK, L - i)) for t in (a, b, c))
         s = torch.bmm(a_, b_.mT)
         y = torch.bmm(s.triu() if reverse else s.tril(), c_)
         if state is None:

@@ -132,6 +132,19 @@ def test_batch_dimensions_are_broadcast(shapes):
     close(gradients(linear_attention, xs), gradients(reference, xs))
 
 
+def test_batched_cotangents_and_empty_sizes():
+    """Torch's older vmap runs the loop itself, of a single chunk; a last size of 0 leaves nothing to infer a batch from."""
+    q, k, v = qkv(2, L=4, S=4)
+    out = linear_attention(q, k, v, is_causal=True)
+    dout = torch.randn(3, *out.shape, dtype=DOUBLE)
+    got = torch.autograd.grad(out, (q, k, v), dout, is_grads_batched=True)
+    want = [torch.autograd.grad(reference(q, k, v, is_causal=True), (q, k, v), d) for d in dout]
+    close(got, tuple(map(torch.stack, zip(*want))))
+    for shape in ((0, 3, 2), (2, 0, 2), (2, 3, 0)):
+        xs = tuple(torch.randn(shape, dtype=DOUBLE).requires_grad_() for _ in range(3))
+        close(gradients(functools.partial(linear_attention, is_causal=True), xs)[0], reference(*xs, is_causal=True).detach())
+
+
 t = torch.zeros
 ERRORS = {
     "causal": (lambda: linear_attention(t(3, 5), t(4, 5), t(4, 5), True), ValueError, "3 queries and 4 keys"),
