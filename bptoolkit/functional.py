@@ -69,6 +69,7 @@ from bptoolkit.ops.layer_norm import layer_norm as layer_norm
 from bptoolkit.ops.linear import linear as linear
 from bptoolkit.ops.linear_attention import linear_attention as linear_attention
 from bptoolkit.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from bptoolkit.ops.linear_recurrence import linear_recurrence as linear_recurrence
 from bptoolkit.ops.loss_embedding import cosine_embedding_loss as cosine_embedding_loss
 from bptoolkit.ops.loss_embedding import triplet_margin_loss as triplet_margin_loss
 from bptoolkit.ops.loss_hinge import hinge_embedding_loss as hinge_embedding_loss

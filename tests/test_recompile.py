@@ -98,6 +98,7 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "lstm": recurrent(4),
     "gru": recurrent(3),
     "rnn": recurrent(1),
+    "linear_recurrence": lambda n, s: (torch.rand(n, 20 + s, 6, requires_grad=True), r(n, 20 + s, 6)),
 }
 
 

@@ -44,6 +44,7 @@ NAMES = (
     "lstm",
     "gru",
     "rnn",
+    "linear_recurrence",
     "max_pool",
     "avg_pool",
     "adaptive_pool",
