@@ -9,8 +9,10 @@ from bptoolkit.function import Rule as Rule
 from bptoolkit.op import Op as Op
 from bptoolkit.opaque import Opaque as Opaque
 from bptoolkit.ops import OPS as OPS
+from bptoolkit.scan import Scan as Scan
+from bptoolkit.scan import scan as scan  # the function hides the module of its name
 from bptoolkit.swap import SwapReport as SwapReport
-from bptoolkit.swap import swap as swap  # the function hides the module of its name
+from bptoolkit.swap import swap as swap  # likewise
 from bptoolkit.swap import unswap as unswap
 
 __version__ = "0.1.0"
