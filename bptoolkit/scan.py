@@ -2,51 +2,45 @@
 
 Maths     sₙ, yₙ = cell(xₙ, sₙ₋₁, θ)              n = 1 … T
           backward, n = T … 1, with the carry ds from step n+1:
-          dxₙ, ds, dθₙ = cell_backward(ds, dyₙ, xₙ, sₙ₋₁, θ)         dθ = Σₙ dθₙ
+          dxₙ, ds, dθₙ = cell_backward(ds, dyₙ, xₙ, sₙ₋₁, θ)      dθ = Σₙ dθₙ
           ds₀ is the carry that is left
 Letters   T steps, B batch; x, y: T B ·; s, a tensor or several: B ·
-Saving    x and every K-th state: all of them (K = 1), or those that `checkpoint` keeps, from which the steps between are run again
-Source    Werbos 1990; Williams & Peng 1990 (truncation); Chen et al., arXiv 1604.06174, and Gruslys et al., 1606.03401 (checkpoints)
+Saving    x and every K-th state: all (K = 1), or those that `checkpoint` keeps, from which the steps between are run again
+Source    Werbos 1990; Williams & Peng 1990 (truncation); Chen et al., arXiv 1604.06174, and Gruslys et al., arXiv 1606.03401
+          (checkpoints)
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
-import re
-import weakref
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import isqrt
-from typing import Any, NamedTuple, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from bptoolkit.function import Rule, in_graph
-from bptoolkit.opaque import Opaque
+from bptoolkit.function import in_graph
 from bptoolkit.ops.recurrent import check_lengths, order, unpack
+from bptoolkit.scan_loops import KEYS, Bptt, Ranks, Recorder
 from bptoolkit.shapes import check_floating
 
-_KEYS = itertools.count(1)
 _SCANS: dict[int, Scan] = {}
-_RECORDERS: weakref.WeakValueDictionary[int, _Recorder] = weakref.WeakValueDictionary()
 
 
-def scan(
-    cell_forward: Callable[..., Any], cell_backward: Callable[..., Any] | None = None, *, name: str | None = None
-) -> Scan:
+def scan(cell_forward: Callable[..., Any], cell_backward: Callable[..., Any] | None = None, *, name: str | None = None) -> Scan:
     """A recurrence from one step and its backward. See `Scan`, which it returns; make it once, at module level.
 
     Args:
         cell_forward: `cell_forward(x, state, *params) -> (new_state, y)`, in plain torch, without anything random or in place.
             x is xs at one step, state a tensor or a tuple of tensors, y one tensor. Its parameters' names are the letters.
-        cell_backward: takes by name whatever it uses. With a cell `f(x, h, w, b)`, these are `dh`, the cotangent of the new state,
-            and `dy`; `x`, `h`, `w`, `b`; the results `new_h` and `y`; and `need`, of which `need.x` says whether x's gradient
-            is wanted. Where the state is a tuple, `h`, `dh` and `new_h` are too. It returns one gradient, or None for zero,
-            per parameter of the cell, in their order: that of `h` is a tuple where h is, that of `x` where xs is. Plain torch
-            that autograd can differentiate, or second order raises. None: autograd's of the step.
+        cell_backward: takes by name whatever it uses. With a cell `f(x, h, w, b)`, these are `dh`, the cotangent of the new
+            state, and `dy`; `x`, `h`, `w`, `b`; the results `new_h` and `y`; and `need`, of which `need.x` says whether x's
+            gradient is wanted. Where the state is a tuple, `h`, `dh` and `new_h` are too. It returns one gradient, or None for
+            zero, per parameter of the cell, in their order: that of `h` is a tuple where h is, that of `x` where xs is. Plain
+            torch that autograd can differentiate, or second order raises. None: autograd's of the step.
         name: for errors and reports; cell_forward's name by default.
 
     Raises:
@@ -56,7 +50,7 @@ def scan(
 
 
 class Scan:
-    """A recurrence, `run(xs, state, *params) -> (ys, last_state)`: differentiable, any number of times, and one node of a graph.
+    """A recurrence, `run(xs, state, *params) -> (ys, last_state)`: differentiable again and again, and one node of a graph.
 
     Double backward, forward mode, vmap and `torch.compile` are derived as for every rule: second order is autograd of
     cell_backward. Autocast is off inside: the cell works in the dtypes that it is given. `plain` is the same as a loop that
@@ -74,13 +68,16 @@ class Scan:
         >>> ys, last = run(torch.randn(7, 2, 3), torch.zeros(2, 4), torch.randn(4, 3), torch.rand(4))
         >>> ys.shape, last.shape
         (torch.Size([7, 2, 4]), torch.Size([2, 4]))
-        >>> shapes = "xs: T B I, state: B H, w: H I, u: H -> T B H, B H"
-        >>> bool(bp.verify.check(run, shapes, reference=run.plain, quick=True, contract={"kinks": "any"}).ok)
+        >>> example = torch.randn(3, 2, 2), torch.zeros(2, 2), torch.randn(2, 2), torch.rand(2)
+        >>> bp.verify.check(run, example, reference=run.plain, quick=True, budget=5, contract={"kinks": "any"}).ok
         True
-        >>> wrong = bp.scan(indrnn, lambda dh, dy, x, h, w, u, y: indrnn_backward(dh, 0 * dy, x, h, w, u, y))
-        >>> report = bp.verify.check(wrong, shapes, reference=run.plain, quick=True, contract={"kinks": "any"})
-        >>> "gradient_value" in [failure.property for failure in report.failures]
-        True
+
+        A backward that forgets what step t+1 sends back:
+
+        >>> wrong = bp.scan(indrnn, lambda dh, dy, x, h, w, u, y: indrnn_backward(0 * dh, dy, x, h, w, u, y))
+        >>> report = bp.verify.check(wrong, example, reference=wrong.plain, properties=["gradient_value"])
+        >>> [failure.property for failure in report.failures]
+        ['gradient_value']
 
     Attributes:
         grad_norms: after the backward of a call with `grad_norms=True`, its norms: (T,).
@@ -89,7 +86,8 @@ class Scan:
     def __init__(
         self, cell_forward: Callable[..., Any], cell_backward: Callable[..., Any] | None = None, *, name: str | None = None
     ) -> None:
-        self.name = name or getattr(cell_forward, "__name__", type(cell_forward).__name__)
+        self.name: str = name or getattr(cell_forward, "__name__", None) or type(cell_forward).__name__
+        self.__name__ = self.__qualname__ = self.name
         self.cell_forward, self.cell_backward = cell_forward, cell_backward
         letters = _letters(self.name, cell_forward)
         if len(letters) < 2:
@@ -108,9 +106,9 @@ class Scan:
                     raise TypeError(f"{self.name}: cell_backward asks for '{p}'; it can have {', '.join(pool)}")
         self.Need: Any = namedtuple("Need", letters)  # type: ignore[misc]
         self.grad_norms: Tensor | None = None
-        self.key = next(_KEYS)
-        self._own = _Recorder(self._keep_norms)
-        self._rules: dict[_Ranks, str] = {}
+        self.key = next(KEYS)
+        self._own = Recorder(self._keep_norms)
+        self._rules: dict[Ranks, str] = {}
         _SCANS[self.key] = self
 
     def _keep_norms(self, norms: Tensor) -> None:
@@ -144,9 +142,9 @@ class Scan:
                 state too at the last step) go back through at most k2 steps; k is (k, k). Every loss is counted once. An
                 estimate of the gradient, so that it cannot be differentiated again, nor pushed forward: both raise.
             checkpoint: keep every K-th state only, K or "sqrt" for √T, and run the steps between again in backward.
-            grad_norms: True, and `self.grad_norms` has, after backward, at each step the norm of the gradient that the step sent
-                back to the state it started from; or a callable that is given this tensor, (T,). Nothing waits for it. If
-                truncated, from the newest window that has the step.
+            grad_norms: True, and `self.grad_norms` has, after backward, at each step the norm of the gradient that the step
+                sent back to the state it started from; or a callable that is given this tensor, (T,). Nothing waits for it.
+                If truncated, from the window whose newest steps have the step.
 
         Returns:
             ys (T, ...), or a PackedSequence; and the last state, as `state`.
@@ -174,7 +172,7 @@ class Scan:
             lengths = check_lengths(self.name, lengths, x[0], True).to(x[0].device)
         k1, k2 = self._window(truncate)
         every = self._every(checkpoint, T)
-        ranks = _Ranks(
+        ranks = Ranks(
             _rank(x), not isinstance(xs, Tensor), _rank(s), not isinstance(state, Tensor), tuple(p.dim() for p in params)
         )
         record = self._record(grad_norms)
@@ -248,11 +246,11 @@ class Scan:
             return self._own.key  # a graph knows recorders by number
         if torch.compiler.is_compiling():
             raise TypeError(f"{self.name}: a graph calls no function of yours: grad_norms=True, then read .grad_norms")
-        return _Recorder(grad_norms)
+        return Recorder(grad_norms)
 
     # --- one step ---
 
-    def step(self, x: Any, s: Sequence[Tensor], params: Sequence[Tensor], many: _Ranks) -> tuple[list[Tensor], Tensor]:
+    def step(self, x: Any, s: Sequence[Tensor], params: Sequence[Tensor], many: Ranks) -> tuple[list[Tensor], Tensor]:
         """The cell on lists of tensors."""
         out = self.cell_forward(tuple(x) if many.xs_tuple else x[0], tuple(s) if many.state_tuple else s[0], *params)
         if not isinstance(out, (tuple, list)) or len(out) != 2:
@@ -278,7 +276,7 @@ class Scan:
         y: Tensor | None,
         params: Sequence[Tensor],
         need: Sequence[bool],
-        many: _Ranks,
+        many: Ranks,
     ) -> tuple[list[Any], list[Any], list[Any]]:
         """The gradients of one step: of xs, of the state and of the parameters; None for zero."""
         if self.cell_backward is None:
@@ -312,8 +310,9 @@ class Scan:
             raise TypeError(f"{self.name}: cell_backward returns {len(grads)} gradients for {name}, which has {len(of)}")
         for g, t in zip(grads, of):
             if g is not None and g.shape != t.shape:
+                shape = tuple(g.shape)
                 raise ValueError(
-                    f"{self.name}: cell_backward returns a gradient of shape {tuple(g.shape)} for {name}, which has {tuple(t.shape)}"
+                    f"{self.name}: cell_backward returns a gradient of shape {shape} for {name}, which has {tuple(t.shape)}"
                 )
         return grads
 
@@ -337,299 +336,16 @@ class Scan:
         return grads[:nx], grads[nx : nx + ns], grads[nx + ns :]
 
 
-class _Ranks(NamedTuple):
-    """What makes two calls of a scan differ in their operator: how many tensors of how many dimensions."""
-
-    xs: tuple[int, ...]
-    xs_tuple: bool
-    state: tuple[int, ...]
-    state_tuple: bool
-    params: tuple[int, ...]
-
-
-class _Recorder:
-    """What is given the norms; known to operators by its number."""
-
-    def __init__(self, fn: Callable[[Tensor], Any]) -> None:
-        self.fn, self.key = fn, next(_KEYS)
-        _RECORDERS[self.key] = self
-
-
 def _rule_of(key: int, *ranks: Any) -> str:
     """The name of the rule for calls of these ranks, which is made at the first."""
-    of = _Ranks(*ranks)
+    of = Ranks(*ranks)
     self = _SCANS[key]
     if of not in self._rules:
-        self._rules[of] = _Bptt(self, of, len(self._rules)).rule.name
+        self._rules[of] = Bptt(self, of, len(self._rules)).rule.name
     return self._rules[of]
 
 
 _rule_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, and what it returns is a constant
-
-
-# --- the loops and the rule of calls of some ranks ---------------------------------------------------------------------------
-
-
-class _Bptt:
-    """The two loops as operators, and the rule of them."""
-
-    def __init__(self, scan: Scan, ranks: _Ranks, count: int) -> None:
-        self.scan, self.ranks = scan, ranks
-        self.nx, self.ns, self.np = nx, ns, np = len(ranks.xs), len(ranks.state), len(ranks.params)
-        name = f"scan{scan.key}_{count}_{re.sub('[^0-9a-zA-Z_]', '', scan.name)}"
-        xs, ss, ps = _names("x", nx), _names("s", ns), _names("p", np)
-        kept, ends = _names("c", ns), _names("e", ns)
-        self.takes_new, self.takes_y = f"new_{scan.state}" in scan.asked, "y" in scan.asked
-        forward_options = {"reverse": bool, "every": int}
-        self.LOOP = Opaque(
-            f"{name}_loop",
-            _signed(self._plain(self.forward, ranks.state[0], nx), [*xs, *ss, *ps], ["lengths"], forward_options, 1 + 2 * ns),
-            self._fake(self.forward_fake, ranks.state[0], nx),
-            vmap="leading",
-            fast=self._fast(self.forward, ranks.state[0], nx),
-        )
-        maybe = ["dy", *("d" + e for e in ends), *("d" + k for k in kept)]
-        tensors = [*xs, *kept, *ps]
-        options = {
-            "reverse": bool,
-            "every": int,
-            "k1": int,
-            "k2": int,
-            "need": list[bool],
-            "record": int,
-        }
-        rank, place = ranks.state[0] + 1, len(maybe) + nx
-        loop = _signed(
-            self._plain(self.bptt, rank, place, drop=1), maybe, tensors, options, nx + ns + np, more=[*ends, "y", "lengths"]
-        )
-        fast, fake = self._fast(self.bptt_fast, rank, place, drop=1), self._fake(self.bptt_fake, rank, place)
-        self.BPTT = Opaque(f"{name}_bptt", loop, fake, vmap="leading", fast=fast)
-        self.TRUNCATED = Opaque(f"{name}_truncated", loop, fake, vmap="leading", fast=fast, vjp=self._refuse)
-        saved = [*(ends if self.takes_new else ()), *(["y"] if self.takes_y else ())]
-        asked = ["dy", *("d" + e for e in ends), *("d" + k for k in kept), *xs, *kept, *ps, *saved, "lengths"]
-        self.rule = Rule(
-            name,
-            _named(self._rule_forward, [*xs, *ss, *ps, "lengths", "reverse", "every", "k1", "k2", "record"]),
-            _named(self._rule_backward, [*asked, "reverse", "every", "k1", "k2", "record", "need"]),
-            inputs=" ".join([*xs, *ss, *ps, "lengths"]),
-            outputs=" ".join(["y", *kept, *ends]),
-        )
-
-    def _refuse(self, *_: Any) -> Any:
-        raise NotImplementedError(
-            f"{self.scan.name}: a truncated gradient is an estimate; it is not differentiated again, nor pushed forward. "
-            "Leave truncate out for second order and forward mode"
-        )
-
-    # --- the rule ---
-
-    def _rule_forward(self, *args: Any) -> Any:
-        return self.LOOP(*args[:-3])
-
-    def _rule_backward(self, *args: Any) -> Any:
-        nx, ns, np = self.nx, self.ns, self.np
-        it = iter(args)
-        cotangents, tensors = _take(it, 1 + 2 * ns), _take(it, nx + ns + np)
-        ends = _take(it, ns) if self.takes_new else [None] * ns
-        y = next(it) if self.takes_y else None
-        lengths, reverse, every, k1, k2, record, need = it
-        wanted = [*need[:nx], *need[nx + ns : nx + ns + np]]
-        op = self.TRUNCATED if k1 else self.BPTT
-        key = record.key if isinstance(record, _Recorder) else record
-        grads = op(*cotangents, *tensors, *ends, y, lengths, reverse, every, k1, k2, wanted, key)
-        flags = [*wanted[:nx], *[True] * ns, *wanted[nx:]]
-        return *(g if w else None for g, w in zip(grads, flags)), None
-
-    # --- forward ---
-
-    def forward(self, args: Any) -> list[Tensor]:
-        nx, ns, np = self.nx, self.ns, self.np
-        it = iter(args)
-        xs, s, ps = _take(it, nx), _take(it, ns), _take(it, np)
-        lengths, reverse, every = it
-        T = xs[0].shape[0]
-        on = _on(T, lengths)
-        xs = [_zero_past(x, lengths) for x in xs]
-        rows = [x.unbind(0) for x in xs]
-        kept: list[list[Tensor]] = [[] for _ in s]
-        ys: list[Any] = [None] * T
-        for n, t in enumerate(order(T, reverse)):
-            if n % every == 0:
-                for k, a in zip(kept, s):
-                    k.append(a)
-            s, ys[t] = self.step([x[t] for x in rows], s, ps, on[t])
-        y = torch.stack(ys) if T else self._no_steps(xs, s, ps)
-        keep = [torch.stack(k) if k else a.new_empty(0, *a.shape) for k, a in zip(kept, s)]
-        return [y, *keep, *(a.clone() for a in s)]
-
-    def step(self, x: Any, s: Any, ps: Any, on: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """One step, of the rows that take it."""
-        new, y = self.scan.step(x, s, ps, self.ranks)
-        if on is None:
-            return new, y
-        return [_where(on, n, o) for n, o in zip(new, s)], _where(on, y, 0)
-
-    def _no_steps(self, xs: Any, s: Any, ps: Any) -> Tensor:
-        y = self.scan.step([x.new_zeros(x.shape[1:]) for x in xs], s, ps, self.ranks)[1]
-        return y.new_empty(0, *y.shape)
-
-    def forward_fake(self, args: Any) -> list[Tensor]:
-        nx, ns = self.nx, self.ns
-        xs, s, ps = args[:nx], args[nx : nx + ns], args[nx + ns : -3]
-        every, T = args[-1], xs[0].shape[0]
-        y = self.scan.step([x.new_empty(x.shape[1:]) for x in xs], s, ps, self.ranks)[1]
-        n = (T + every - 1) // every
-        return [y.new_empty(T, *y.shape), *(a.new_empty(n, *a.shape) for a in s), *(a.new_empty(a.shape) for a in s)]
-
-    # --- backward through time ---
-
-    def bptt(self, args: Any, in_place: bool = False) -> list[Tensor]:
-        """The gradients of xs, of the first state and of the parameters, then the norms."""
-        nx, ns, np = self.nx, self.ns, self.np
-        it = iter(args)
-        dy, des, dks = next(it), _take(it, ns), _take(it, ns)
-        xs, kept, ps, ends = _take(it, nx), _take(it, ns), _take(it, np), _take(it, ns)
-        y, lengths, reverse, every, k1, k2, need, record = it
-        T = xs[0].shape[0]
-        on, steps = _on(T, lengths), order(T, reverse)
-        xs = [_zero_past(x, lengths) for x in xs]
-        zero_s = [k.new_zeros(k.shape[1:]) for k in kept]
-        dx: list[list[Any]] = [[None] * T for _ in range(nx)]
-        dp = [torch.zeros_like(p) if w else None for p, w in zip(ps, need[nx:])]
-        ds0, norms = list(zero_s), [zero_s[0].new_zeros(())] * T
-        rows = [x.unbind(0) for x in xs]
-        replay = _Replay(self, rows, kept, ends, y, ps, on, steps, every)
-        dys = None if dy is None else _zero_past(dy, lengths).unbind(0)
-        zero_y: Any = None
-        if T and (dys is None or k1):
-            zero_y = torch.zeros_like(self.scan.step([x[0] for x in rows], replay.first(), ps, self.ranks)[1])
-        for newest, end, oldest in _windows(T, k1, k2):
-            ds = [z if e is None or end < T else e for e, z in zip(des, zero_s)]
-            for n in range(end - 1, oldest - 1, -1):
-                t = steps[n]
-                x, s, new, yt = replay.at(n)
-                dyt = zero_y if dys is None or n < newest else dys[t]
-                through = ds if on[t] is None else [_where(on[t], d, 0) for d in ds]
-                gx, gs, gp = self.scan.step_backward(through, dyt, x, s, new, yt, ps, need, self.ranks)
-                back = [z if g is None else g for g, z in zip(gs, zero_s)]
-                if on[t] is not None:
-                    back = [_where(on[t], g, d) for g, d in zip(back, ds)]
-                    gx = [None if g is None else _where(on[t], g, 0) for g in gx]
-                ds = back
-                if n % every == 0:
-                    ds = [d if k is None else d + k[n // every] for d, k in zip(ds, dks)]
-                if record and n >= newest:
-                    norms[t] = torch.stack([torch.linalg.vector_norm(d) for d in ds]).square().sum().sqrt()
-                for into, g in zip(dx, gx):
-                    into[t] = g if into[t] is None else into[t] if g is None else into[t] + g
-                for k, g in enumerate(gp):
-                    if dp[k] is not None and g is not None:
-                        dp[k] = dp[k].add_(g) if in_place else dp[k] + g
-            if oldest == 0:
-                ds0 = [a + d for a, d in zip(ds0, ds)]
-        if not T:
-            ds0 = [z if e is None else e.clone() for e, z in zip(des, zero_s)]
-        none = zero_s[0]
-        out = [_steps_of(d, x) if w else none.new_empty(0) for d, x, w in zip(dx, xs, need)]
-        out += ds0 + [none.new_empty(0) if d is None else d for d in dp]
-        return [*out, torch.stack(norms) if record and T else none.new_empty(0)]
-
-    def bptt_fast(self, args: Any) -> list[Tensor]:
-        return self.bptt(args, in_place=not torch._C._functorch.peek_interpreter_stack())
-
-    def bptt_fake(self, args: Any) -> list[Tensor]:
-        nx, ns, np = self.nx, self.ns, self.np
-        xs, kept, ps = (
-            args[1 + 2 * ns :][:nx],
-            args[1 + 2 * ns + nx :][:ns],
-            args[1 + 3 * ns + nx :][:np],
-        )
-        need, none = args[-2], kept[0]
-        like = [x.new_empty(x.shape) if w else none.new_empty(0) for x, w in zip(xs, need)]
-        like += [k.new_empty(k.shape[1:]) for k in kept]
-        return like + [p.new_empty(p.shape) if w else none.new_empty(0) for p, w in zip(ps, need[nx:])]
-
-    # --- as functions of what operators take ---
-
-    def _plain(self, fn: Any, rank: int, place: int, drop: int = 0) -> Callable[..., Any]:
-        """`fn` on tensors with any leading dimensions: those that the tensor at `place` has beyond its rank are vmapped."""
-
-        def run(*args: Any) -> tuple[Tensor, ...]:
-            out = _batched(fn, args[place].dim() - rank, args)
-            return tuple(out[: len(out) - drop])
-
-        return run
-
-    def _fast(self, fn: Any, rank: int, place: int, drop: int = 0) -> Callable[..., Any]:
-        """The same inside an operator, where dispatch keys are excluded that vmap and the step's autograd need."""
-
-        def run(*args: Any) -> tuple[Tensor, ...]:
-            keys = torch._C.DispatchKeySet
-            include = keys(torch._C.DispatchKey.BackendSelect) | keys(torch._C.DispatchKey.ADInplaceOrView)
-            exclude = keys(torch._C.DispatchKey.AutocastCPU) | keys(torch._C.DispatchKey.AutocastCUDA)
-            with torch._C._ForceDispatchKeyGuard(include, exclude), torch.no_grad():
-                v = args[place].dim() - rank
-                out = _batched(fn, v, args, fast=True)
-                if drop and args[-1]:
-                    recorder = _RECORDERS.get(args[-1])
-                    if recorder is not None:
-                        recorder.fn(out[-1])
-            return tuple(o.contiguous() for o in out[: len(out) - drop])
-
-        return run
-
-    def _fake(self, fn: Any, rank: int, place: int) -> Callable[..., Any]:
-        def run(*args: Any) -> tuple[Tensor, ...]:
-            return tuple(o.new_empty(o.shape) for o in _batched(fn, args[place].dim() - rank, args))
-
-        return run
-
-
-class _Replay:
-    """The state that each step started from, and what it made; from the kept ones, a segment at a time."""
-
-    def __init__(self, bptt: _Bptt, rows, kept, ends, y, ps, on, steps, every) -> None:
-        self.bptt, self.rows, self.ps, self.on, self.steps, self.every = bptt, rows, ps, on, steps, every
-        self.kept, self.ends = [k.unbind(0) for k in kept], ends
-        self.y = None if y is None else y.unbind(0)
-        self.segment, self.states, self.ys = -1, [], []
-
-    def first(self) -> list[Tensor]:
-        return [k[0] for k in self.kept]
-
-    def at(self, n: int) -> tuple[list[Tensor], list[Tensor], Any, Any]:
-        t = self.steps[n]
-        x = [r[t] for r in self.rows]
-        if self.every == 1:
-            new = None
-            if self.bptt.takes_new:
-                new = [k[n + 1] for k in self.kept] if n + 1 < len(self.steps) else self.ends
-            return x, [k[n] for k in self.kept], new, None if self.y is None else self.y[t]
-        if n // self.every != self.segment:
-            self.run(n // self.every)
-        k = n % self.every
-        return x, self.states[k], self.states[k + 1], self.ys[k]
-
-    def run(self, segment: int) -> None:
-        self.segment, s = segment, [k[segment] for k in self.kept]
-        self.states, self.ys = [s], []
-        for t in self.steps[segment * self.every : (segment + 1) * self.every]:
-            s, y = self.bptt.step([r[t] for r in self.rows], s, self.ps, self.on[t])
-            self.states.append(s)
-            self.ys.append(y)
-
-
-def _windows(T: int, k1: int, k2: int) -> Iterator[tuple[int, int, int]]:
-    """(newest, end, oldest), last window first: the losses of the steps from newest to end go back to oldest."""
-    if not k1:
-        yield 0, T, 0
-        return
-    ends = [*range(k1, T, k1), T] if T else []
-    for begin, end in reversed(list(zip([0, *ends], ends))):
-        yield begin, end, max(end - k2, 0)
-
-
-# --- small things ------------------------------------------------------------------------------------------------------------
 
 
 def _letters(name: str, cell: Callable[..., Any]) -> tuple[str, ...]:
@@ -651,86 +367,3 @@ def _several(op: str, name: str, given: Any) -> tuple[Tensor, ...]:
 
 def _rank(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(t.dim() for t in tensors)
-
-
-def _names(letter: str, n: int) -> list[str]:
-    return [f"{letter}{k}" for k in range(n)]
-
-
-def _take(it: Iterator[Any], n: int) -> list[Any]:
-    return list(itertools.islice(it, n))
-
-
-def _on(T: int, lengths: Tensor | None) -> list[Any]:
-    """Which rows take step t."""
-    if lengths is None:
-        return [None] * T
-    return [t < lengths for t in range(T)]
-
-
-def _where(on: Tensor, a: Tensor, b: Any) -> Tensor:
-    return torch.where(on.reshape(-1, *(1,) * (a.dim() - 1)), a, b)
-
-
-def _zero_past(t: Tensor, lengths: Tensor | None) -> Tensor:
-    """A sequence T B · with zeros past the lengths, whatever was there."""
-    if lengths is None:
-        return t
-    on = torch.arange(t.shape[0], device=t.device)[:, None] < lengths
-    return torch.where(on.reshape(*on.shape, *(1,) * (t.dim() - 2)), t, 0)
-
-
-def _steps_of(grads: list[Any], x: Tensor) -> Tensor:
-    if not grads:
-        return torch.zeros_like(x)
-    zero = x.new_zeros(x.shape[1:])
-    return torch.stack([zero if g is None else g for g in grads])
-
-
-def _batched(fn: Callable[[Any], list[Tensor]], v: int, args: Sequence[Any], fast: bool = False) -> list[Tensor]:
-    """`fn` under v vmaps, over the first dimensions of all tensors.
-
-    If `fast`, what is the same for all samples (weights, as a rule) stays out of the last one; gradients would not know of it.
-    """
-    if v <= 0:
-        return fn(args)
-    at = [k for k, a in enumerate(args) if isinstance(a, Tensor)]
-    given = [args[k] for k in at]
-    dims: list[int | None] = [0] * len(at)
-    if fast and v == 1:
-        for k, a in enumerate(given[1:], 1):
-            if a.shape[0] > 1 and a.stride(0) == 0:
-                given[k], dims[k] = a[0], None
-
-    def inner(*tensors: Tensor) -> tuple[Tensor, ...]:
-        filled = list(args)
-        for k, t in zip(at, tensors):
-            filled[k] = t
-        return tuple(_batched(fn, v - 1, filled, fast))
-
-    return list(torch.func.vmap(inner, in_dims=tuple(dims))(*given))
-
-
-def _signed(fn: Any, first: list[str], second: list[str], options: dict[str, Any], returns: int, more: Any = ()) -> Any:
-    """`fn` with the signature that an operator is made from; of the tensors those called as cotangents, ends or lengths may be None."""
-    maybe = {"lengths", "y", *more, *(n for n in first if n.startswith("d"))}
-    P = inspect.Parameter
-    kinds = [(n, Optional[Tensor] if n in maybe else Tensor) for n in (*first, *second, *more)]  # noqa: UP045
-    parameters = [P(n, P.POSITIONAL_OR_KEYWORD, annotation=a) for n, a in (*kinds, *options.items())]
-
-    def run(*args: Any) -> Any:
-        return fn(*args)
-
-    run.__signature__ = inspect.Signature(parameters, return_annotation=tuple[(Tensor,) * returns])  # type: ignore[attr-defined, misc]
-    return run
-
-
-def _named(fn: Any, names: list[str]) -> Any:
-    """`fn` with named parameters, as `Rule` reads them."""
-
-    def run(*args: Any) -> Any:
-        return fn(*args)
-
-    P = inspect.Parameter
-    run.__signature__ = inspect.Signature([P(n, P.POSITIONAL_OR_KEYWORD) for n in names])  # type: ignore[attr-defined]
-    return run
