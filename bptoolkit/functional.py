@@ -95,6 +95,8 @@ from bptoolkit.ops.max_pool import max_pool3d as max_pool3d
 from bptoolkit.ops.max_unpool import max_unpool1d as max_unpool1d
 from bptoolkit.ops.max_unpool import max_unpool2d as max_unpool2d
 from bptoolkit.ops.max_unpool import max_unpool3d as max_unpool3d
+from bptoolkit.ops.min_rnn import min_gru as min_gru
+from bptoolkit.ops.min_rnn import min_lstm as min_lstm
 from bptoolkit.ops.mse_loss import mse_loss as mse_loss
 from bptoolkit.ops.multihead_attention import multi_head_attention_forward as multi_head_attention_forward
 from bptoolkit.ops.normalize import local_response_norm as local_response_norm

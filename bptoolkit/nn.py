@@ -98,6 +98,8 @@ from bptoolkit.ops.max_pool import MaxPool3d as MaxPool3d
 from bptoolkit.ops.max_unpool import MaxUnpool1d as MaxUnpool1d
 from bptoolkit.ops.max_unpool import MaxUnpool2d as MaxUnpool2d
 from bptoolkit.ops.max_unpool import MaxUnpool3d as MaxUnpool3d
+from bptoolkit.ops.min_rnn import MinGRU as MinGRU
+from bptoolkit.ops.min_rnn import MinLSTM as MinLSTM
 from bptoolkit.ops.mse_loss import MSELoss as MSELoss
 from bptoolkit.ops.multihead_attention import MultiheadAttention as MultiheadAttention
 from bptoolkit.ops.normalize import LocalResponseNorm as LocalResponseNorm

@@ -98,6 +98,8 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "lstm": recurrent(4),
     "gru": recurrent(3),
     "rnn": recurrent(1),
+    "min_gru": lambda n, s: (r(n, 20 + s, 11), None, [r(12, 11), r(12)]),
+    "min_lstm": lambda n, s: (r(n, 20 + s, 11), None, [r(18, 11), r(18)]),
     "linear_recurrence": lambda n, s: (torch.rand(n, 20 + s, 6, requires_grad=True), r(n, 20 + s, 6)),
 }
 

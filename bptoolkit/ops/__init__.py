@@ -45,6 +45,7 @@ NAMES = (
     "gru",
     "rnn",
     "linear_recurrence",
+    "min_rnn",
     "max_pool",
     "avg_pool",
     "adaptive_pool",

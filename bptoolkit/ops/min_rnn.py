@@ -1,0 +1,454 @@
+"""minGRU and minLSTM: recurrent cells whose gates see the input alone, so that a sequence is one product and one scan.
+
+Maths     minGRU    u = Wz xₜ + bz
+          minLSTM   u = softplus(−f) − softplus(−i)    f = Wf xₜ + bf    i = Wi xₜ + bi
+                    so that σ(u) = σ(i) / (σ(f) + σ(i)), the input gate, and 1 − σ(u) the forget gate, both normalised
+          both      z = σ(u)    m = Wm xₜ + bm    c = g(m)
+                    hₜ = (1 − z) hₜ₋₁ + z c
+          g(m) = m + ½ where m ≥ 0, else σ(m): positive and increasing; or the identity, or tanh
+          backward  gₜ = dhₜ + (1 − zₜ₊₁) gₜ₊₁             the reverse scan, see `linear_recurrence`
+          du = gₜ (c − hₜ₋₁) z (1 − z)                    dm = gₜ z g'(m)
+          minGRU    dWz's row block is du                 minLSTM   df = −du σ(−f)    di = du σ(−i)
+          with da the blocks side by side:
+          dx = da W        dW = Σₜ daₜᵀ xₜ        db = Σₜ daₜ        dh₀ = (1 − z₁) g₁
+Letters   see `recurrent`; G blocks of H rows: z m, or f i m; pre = W x + b, T B G·H
+Saving    save="gates" keeps x, h and pre; save="outputs" keeps x and h, and makes pre again in one product
+Numerics  the gates and the scan are in float32 for half tensors. The scan is not in log space: `linear_scan` never divides by a
+          product of decays, which is what Heinsen's form in logarithms (arXiv 2311.06281) is there for
+Source    Feng et al., arXiv 2410.01201: Algorithms 1 to 8, and g from Appendix B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from bptoolkit.cases import Case, Draw
+from bptoolkit.function import Rule
+from bptoolkit.op import LOW, Op
+from bptoolkit.ops import recurrent_reference
+from bptoolkit.ops.linear_recurrence import _first, _standing, scan, times_before
+from bptoolkit.ops.recurrent import cast, check_lengths, check_save, last, over_time, unpack, within
+from bptoolkit.precision import wide
+from bptoolkit.shapes import check_alike, check_floating
+
+BLOCKS = {"min_gru": 2, "min_lstm": 3}
+ACTIVATIONS = ("g", "identity", "tanh")
+
+# --- the maths ------------------------------------------------------------------------------------------------------------
+
+
+def _gate(pre: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """U and m: T B H each."""
+    if kind == "min_gru":
+        u, m = pre.chunk(2, -1)
+        return u, m
+    f, i, m = pre.chunk(3, -1)
+    return F.softplus(-f) - F.softplus(-i), m
+
+
+def _activation(m: Tensor, activation: str) -> Tensor:
+    if activation == "g":
+        return torch.where(m >= 0, m + 0.5, m.sigmoid())
+    return m.tanh() if activation == "tanh" else m
+
+
+def _slope(m: Tensor, activation: str) -> Tensor | float:
+    if activation == "g":
+        s = m.sigmoid()
+        return torch.where(m >= 0, 1.0, s * (1 - s))
+    return 1 - m.tanh() ** 2 if activation == "tanh" else 1.0
+
+
+def _run(pre: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool, kind: str, activation: str) -> Tensor:
+    u, m = _gate(wide(pre), kind)
+    added = u.sigmoid() * _activation(m, activation)
+    h = scan(_standing((-u).sigmoid(), lengths), within(added, lengths), wide(h0), reverse, False)
+    return within(h, lengths).to(pre.dtype)
+
+
+def forward_gates(x, h0, w, b, lengths, reverse, kind, activation):
+    pre = F.linear(within(x, lengths), w, b)  # T B GH: one product for all steps
+    return _run(pre, h0, lengths, reverse, kind, activation), pre
+
+
+def forward_outputs(x, h0, w, b, lengths, reverse, kind, activation):
+    return _run(F.linear(within(x, lengths), w, b), h0, lengths, reverse, kind, activation)
+
+
+def backward_gates(dh, dpre, x, h0, w, lengths, reverse, kind, activation, h, pre, need):
+    P = wide(pre)
+    u, m = _gate(P, kind)
+    keep, z = _standing((-u).sigmoid(), lengths), u.sigmoid()
+    dh0 = None
+    if dh is None:
+        da = torch.zeros_like(P)
+    else:
+        g = scan(keep, wide(within(dh, lengths)), None, not reverse, True)
+        if need.h0:
+            dh0 = (_first(keep, reverse, h0) * _first(g, reverse, h0)).to(h0.dtype)
+        gz = within(g, lengths) * z
+        du = (gz * _activation(m, activation) - z * within(times_before(h0, h, g, lengths, reverse), lengths)) * (1 - z)
+        blocks = [du] if kind == "min_gru" else [-du * (-P.chunk(3, -1)[0]).sigmoid(), du * (-P.chunk(3, -1)[1]).sigmoid()]
+        da = torch.cat([*blocks, gz * _slope(m, activation)], -1)  # T B GH
+    da = da.to(pre.dtype)
+    if dpre is not None:
+        da = da + dpre
+    dx = within(da @ w, lengths) if need.x else None  # T B I
+    dw = over_time(da, within(x, lengths)) if need.w else None  # GH I
+    db = da.sum((0, 1)) if need.b else None  # GH
+    return dx, dh0, dw, db, None
+
+
+def backward_outputs(dh, x, h0, w, b, lengths, reverse, kind, activation, h, need):
+    pre = F.linear(within(x, lengths), w, b)
+    return backward_gates(dh, None, x, h0, w, lengths, reverse, kind, activation, h, pre, need)
+
+
+_INPUTS, _SCAN = "x h0 w b lengths", "h0 lengths h pre"
+GATES = Rule(
+    "min_rnn_gates",
+    forward_gates,
+    backward_gates,
+    inputs=_INPUTS,
+    outputs="h pre",
+    uses={"x": f"{_SCAN} w", "h0": "h0 lengths pre", "w": f"{_SCAN} x", "b": _SCAN},
+)
+OUTPUTS = Rule("min_rnn_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="h")
+
+# --- the public functions -------------------------------------------------------------------------------------------------
+
+
+def min_gru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = True,
+    activation: str = "g",
+    lengths: Tensor | None = None,
+    save: str = "gates",
+    backend: str = "auto",
+) -> tuple[Any, Tensor]:
+    """A whole sequence through a minGRU; H hidden, L layers, D directions.
+
+    Args:
+        input: (T, B, I), (B, T, I) if batch_first, (T, I), or a PackedSequence; floating point.
+        hx: h_0 of shape (L·D, B, H), without B for a (T, I) input; None for zeros.
+        weights: per layer and direction weight_ih (2H, I or D·H) and, if bias, bias_ih (2H); blocks in the order z m.
+            (min_lstm: 3H rows, in the order f i m.)
+        num_layers, bidirectional, batch_first, bias: as in torch.nn.GRU.
+        dropout: the share of every layer's output but the last's that is zeroed, if training.
+        activation: of the candidate, "g" (the paper's, positive), "identity" or "tanh".
+        lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
+            at their ends, a reverse direction starts there.
+        save: what is kept for backward: "gates" (the default, the fastest) or "outputs" (less memory, one product more).
+        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
+
+    Returns:
+        output (T, B, D·H) or as the input is laid out, and h_n in the shape of hx.
+
+    Raises:
+        ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
+        TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
+    """
+    options: dict[str, Any] = {
+        "num_layers": num_layers,
+        "bidirectional": bidirectional,
+        "batch_first": batch_first,
+        "bias": bias,
+    }
+    options |= {"dropout": dropout if training else 0.0, "activation": activation, "save": save, "backend": backend}
+    return _sequence(GRU_OP, input, hx, weights, lengths, **options)
+
+
+def min_lstm(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = True,
+    activation: str = "g",
+    lengths: Tensor | None = None,
+    save: str = "gates",
+    backend: str = "auto",
+) -> tuple[Any, Tensor]:
+    """A whole sequence through a minLSTM, its gates normalised; arguments and errors as `min_gru`."""
+    options: dict[str, Any] = {
+        "num_layers": num_layers,
+        "bidirectional": bidirectional,
+        "batch_first": batch_first,
+        "bias": bias,
+    }
+    options |= {"dropout": dropout if training else 0.0, "activation": activation, "save": save, "backend": backend}
+    return _sequence(LSTM_OP, input, hx, weights, lengths, **options)
+
+
+def _sequence(
+    op: Op,
+    input: Any,
+    hx: Any,
+    weights: Any,
+    lengths: Any,
+    *,
+    bidirectional: bool,
+    batch_first: bool,
+    backend: str,
+    **options: Any,
+) -> tuple[Any, Tensor]:
+    """All layers and directions."""
+    name, num_layers, bias, D = op.name, options["num_layers"], options["bias"], 1 + bidirectional
+    activation, dropout, per = options["activation"], options["dropout"], 1 + options["bias"]
+    check_save(name, options["save"])
+    packed = input if isinstance(input, PackedSequence) else None
+    _check_options(name, num_layers, D, per, dropout, activation, hx, weights)
+    x: Any = input if packed is None else packed.data
+    x, hx, weights = cast(op, x, None if hx is None else (hx,), weights, False)
+    index = None
+    check_floating(name, "input", x)
+    if packed is not None:
+        if lengths is not None:
+            raise ValueError(f"{name}: a PackedSequence has its lengths in it; leave lengths out")
+        x, lengths, index = unpack(packed, x)
+        batch_first = False
+    H = _check(name, x, None if hx is None else hx[0], weights, num_layers, D, per, batch_first)
+    batched = x.dim() == 3
+    x = x.unsqueeze(1) if not batched else x.transpose(0, 1) if batch_first else x  # T B I
+    h0 = x.new_zeros(num_layers * D, x.shape[1], H) if hx is None else hx[0] if batched else hx[0].unsqueeze(1)
+    if packed is not None and packed.sorted_indices is not None:
+        h0 = h0.index_select(1, packed.sorted_indices)
+    if lengths is not None:
+        lengths = check_lengths(name, lengths, x, batched).to(x.device)
+    rule = GATES if options["save"] == "gates" and torch.is_grad_enabled() else OUTPUTS
+    finals = []
+    for layer in range(num_layers):
+        outputs = []
+        for d in range(D):
+            k = layer * D + d
+            w, b = weights[k * per], weights[k * per + 1] if bias else None
+            args = (x, h0[k], w, b, lengths, d == 1, name, activation)
+            out = rule(*args, backend=op.pick(rule, backend, *args))
+            h = out if isinstance(out, Tensor) else out[0]
+            outputs.append(h)
+            finals.append(last(h0[k], h, lengths, d == 1))
+        x = outputs[0] if D == 1 else torch.cat(outputs, -1)  # T B D·H
+        if dropout and layer < num_layers - 1:
+            x = F.dropout(x, dropout)
+    h_n = torch.stack(finals)
+    if packed is not None:
+        data = x.reshape(x.shape[0] * x.shape[1], x.shape[2]).index_select(0, index)
+        if packed.unsorted_indices is not None:
+            h_n = h_n.index_select(1, packed.unsorted_indices)
+        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
+    if not batched:
+        return x.squeeze(1), h_n.squeeze(1)
+    return x.transpose(0, 1) if batch_first else x, h_n
+
+
+def _check_options(op: str, num_layers: int, D: int, per: int, dropout: float, activation: str, hx: Any, weights: Any) -> None:
+    if num_layers < 1:
+        raise ValueError(f"{op}: num_layers={num_layers}; there must be at least one")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"{op}: dropout={dropout}; it must be between 0 and 1")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation={activation!r} is not known; choose from {', '.join(map(repr, ACTIVATIONS))}")
+    if hx is not None and not isinstance(hx, Tensor):
+        raise TypeError(f"{op}: hx must be one tensor, h_0, or None; not {type(hx).__name__}")
+    if not isinstance(weights, (tuple, list)):
+        raise TypeError(f"{op}: weights must be a list of tensors, not {type(weights).__name__}")
+    if len(weights) != num_layers * D * per:
+        raise ValueError(
+            f"{op}: weights has {len(weights)} tensors; {num_layers} layers in {D} directions, with "
+            f"{'weight_ih, bias_ih' if per == 2 else 'weight_ih'} each, need {num_layers * D * per}"
+        )
+
+
+def _check(
+    op: str, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], L: int, D: int, per: int, batch_first: bool
+) -> int:
+    """Check every tensor's rank, size, dtype and device, before any work; the hidden size."""
+    G, batched = BLOCKS[op], x.dim() == 3
+    if x.dim() not in (2, 3):
+        lead = "(B, T, I)" if batch_first else "(T, B, I)"
+        raise ValueError(f"{op}: input has shape {tuple(x.shape)}, which is {x.dim()} dimensions; it needs {lead} or (T, I)")
+    check_floating(op, "weight_ih_l0", weights[0])
+    if weights[0].dim() != 2 or weights[0].shape[0] % G:
+        raise ValueError(f"{op}: weight_ih_l0 has shape {tuple(weights[0].shape)}; it needs ({G}·H, I)")
+    H = weights[0].shape[0] // G
+    for k, w in enumerate(weights):
+        layer, d = k // per // D, k // per % D
+        name = f"{('weight_ih', 'bias_ih')[k % per]}_l{layer}" + "_reverse" * d
+        check_floating(op, name, w)
+        check_alike(op, "input", x, name, w)
+        wanted: tuple[Any, ...] = (G * H,) if k % per else (G * H, D * H if layer else x.shape[-1])
+        if tuple(w.shape) != wanted:
+            raise ValueError(f"{op}: {name} has shape {tuple(w.shape)}; with input {tuple(x.shape)} it needs {wanted}")
+    if x.shape[1 if batch_first and batched else 0] == 0:
+        raise ValueError(f"{op}: input has shape {tuple(x.shape)}: Expected sequence length to be larger than 0 in RNN")
+    if h0 is not None:
+        check_floating(op, "h_0", h0)
+        check_alike(op, "input", x, "h_0", h0)
+        wanted = (L * D, x.shape[0 if batch_first else 1], H) if batched else (L * D, H)
+        if tuple(h0.shape) != wanted:
+            raise ValueError(f"{op}: h_0 has shape {tuple(h0.shape)}; with input {tuple(x.shape)} it needs {wanted}")
+    return H
+
+
+# --- the modules ----------------------------------------------------------------------------------------------------------
+
+
+class MinGRU(nn.Module):
+    """A minGRU over whole sequences, laid out as `torch.nn.GRU`; see `min_gru`.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in torch.nn.GRU.
+        activation: "g", "identity" or "tanh".
+
+    Parameters are weight_ih_l[k] and bias_ih_l[k], with the suffix _reverse for the second direction; uniform in ±1/√I.
+    """
+
+    backend: str = "auto"
+    save: str = "gates"  # or "outputs"; see `min_gru`
+    run = staticmethod(min_gru)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        activation: str = "g",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
+        self.batch_first, self.dropout, self.bidirectional, self.activation = batch_first, dropout, bidirectional, activation
+        self._names: list[str] = []
+        D, rows = 1 + bidirectional, BLOCKS[self.run.__name__] * hidden_size
+        for k in range(num_layers * D):
+            suffix = f"_l{k // D}" + "_reverse" * (k % D)
+            columns = input_size if k < D else D * hidden_size
+            for name, shape in (("weight_ih", (rows, columns)), ("bias_ih", (rows,))):
+                if name == "bias_ih" and not bias:
+                    continue
+                self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+                self._names.append(name + suffix)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/√I, as torch.nn.Linear."""
+        bound = 0.0
+        for name in self._names:
+            p = getattr(self, name)
+            if p.dim() == 2:
+                bound = p.shape[1] ** -0.5 if p.shape[1] else 0.0
+            nn.init.uniform_(p, -bound, bound)
+
+    def forward(self, input: Any, hx: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Any, Tensor]:
+        weights = [getattr(self, name) for name in self._names]
+        names = ("num_layers", "bidirectional", "batch_first", "bias", "training", "activation", "save", "backend")
+        dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
+        return self.run(input, hx, weights, lengths=lengths, dropout=dropout, **{n: getattr(self, n) for n in names})
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        text = f"{self.input_size}, {self.hidden_size}"
+        defaults = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": False,
+            "activation": "g",
+        }
+        return text + "".join(f", {n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default)
+
+
+class MinLSTM(MinGRU):
+    """A minLSTM over whole sequences; arguments and parameters as `MinGRU`, with three blocks of rows."""
+
+    run = staticmethod(min_lstm)
+
+
+# --- the ops --------------------------------------------------------------------------------------------------------------
+
+
+def _reference(op: str) -> Callable[..., Any]:
+    def reference(input, hx, weights, activation="g", **kwargs):
+        """The same in plain torch, a step at a time."""
+        input, *rest = (GRU_OP if op == "min_gru" else LSTM_OP).cast(input, *([] if hx is None else [hx]), *weights)
+        hx, weights = rest[: -len(weights)] or None, rest[-len(weights) :]
+        bias = kwargs.get("bias", True)
+
+        def step(x, states, ws):
+            (h,) = states
+            *gates, m = F.linear(x, ws[0], ws[1] if bias else None).chunk(BLOCKS[op], -1)
+            c = {"g": lambda: torch.where(m >= 0, m + 0.5, m.sigmoid()), "tanh": m.tanh, "identity": lambda: m}[activation]()
+            if op == "min_gru":
+                return (torch.sigmoid(-gates[0]) * h + torch.sigmoid(gates[0]) * c,)
+            f, i = (F.logsigmoid(g) for g in gates)  # f / (f + i), where both may underflow
+            return ((f - i).sigmoid() * h + (i - f).sigmoid() * c,)
+
+        y, (h,) = recurrent_reference.plain(step, (weights[0].shape[0] // BLOCKS[op],), input, hx, weights, **kwargs)
+        return y, h
+
+    return reference
+
+
+def _case(G: int) -> Callable[[Draw], Case]:
+    def case(draw: Draw) -> Case:
+        (x, hx, weights), kwargs = recurrent_reference.case(draw, G, 1)
+        per = 2 + 2 * kwargs["bias"]  # weight_ih, weight_hh, bias_ih, bias_hh
+        weights = [w for k, w in enumerate(weights) if k % per in ((0, 2) if per == 4 else (0,))]
+        return Case(
+            (x, hx, weights), kwargs | {"activation": draw.choice(ACTIVATIONS), "save": draw.choice(("gates", "outputs"))}
+        )
+
+    return case
+
+
+def _bench(G: int, save: str) -> Callable[[Draw], Case]:
+    def bench(draw: Draw) -> Case:
+        x, hx, weights = recurrent_reference.wide(draw, G, 128, 32, 256)
+        return Case((x, hx, weights[::2]), {"save": save})
+
+    return bench
+
+
+def _op(call: Callable[..., Any]) -> Op:
+    G = BLOCKS[call.__name__]
+    return Op(
+        name=call.__name__,
+        call=call,
+        reference=_reference(call.__name__),
+        rules=(GATES, OUTPUTS),
+        shapes="input: T B I -> T B H",
+        source="Feng et al. 2024",
+        autocast=LOW,
+        case=_case(G),
+        bench={f"save={s}": _bench(G, s) for s in ("gates", "outputs")},
+    )
+
+
+GRU_OP, LSTM_OP = _op(min_gru), _op(min_lstm)
+OPS = (GRU_OP, LSTM_OP)
