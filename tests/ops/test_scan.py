@@ -451,3 +451,13 @@ def test_refusals():
         bp.scan(good, lambda dh, dy: (dh, dh))(x, h, w)[0].sum().backward()
     with pytest.raises(ValueError, match=r"a gradient of shape \(2, 4\) for w, which has \(4,\)"):
         bp.scan(good, lambda dh, dy: (dh, dh, dh))(x, h, w)[0].sum().backward()
+
+
+def test_the_example_of_the_derivations():
+    """docs/derivations/scan.md: s = 2 s + x over three steps."""
+    run = bp.scan(lambda x, s, w: (w * s + x,) * 2, lambda ds, dy, x, s, w: (ds + dy, (ds + dy) * w, ((ds + dy) * s).sum()))
+    x, s, w = torch.zeros(3, 1).requires_grad_(), torch.zeros(1), torch.tensor(2.0)
+    (dx,) = torch.autograd.grad(run(x, s, w, grad_norms=True)[0][2].sum(), x)
+    assert dx.flatten().tolist() == [4, 2, 1] and run.grad_norms.tolist() == [8, 4, 2]
+    (dx,) = torch.autograd.grad(run(x, s, w, truncate=(1, 2))[0][2].sum(), x)
+    assert dx.flatten().tolist() == [0, 2, 1]
