@@ -152,6 +152,7 @@ class Scan:
         Raises:
             ValueError: shapes, lengths or devices disagree, or an option is out of range.
             TypeError: an argument, or what the cell returns, is not of its kind.
+            RuntimeError: the cell writes over its arguments, or draws random numbers (on the CPU's generator).
         """
         packed = xs if isinstance(xs, PackedSequence) else None
         index = None

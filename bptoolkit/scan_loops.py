@@ -19,6 +19,7 @@ from torch import Tensor
 from bptoolkit.function import Rule
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops.recurrent import order
+from bptoolkit.precision import wide
 
 KEYS = itertools.count(1)
 _RECORDERS: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
@@ -167,7 +168,7 @@ class Bptt:
         xs = [_zero_past(x, lengths) for x in xs]
         zero_s = [k.new_zeros(k.shape[1:]) for k in kept]
         dx: list[list[Any]] = [[None] * T for _ in range(nx)]
-        dp = [torch.zeros_like(p) if w else None for p, w in zip(ps, need[nx:])]
+        dp = [torch.zeros_like(wide(p)) if w else None for p, w in zip(ps, need[nx:])]  # sums of T terms
         ds0, norms = list(zero_s), [zero_s[0].new_zeros(())] * T
         rows = [x.unbind(0) for x in xs]
         replay = _Replay(self, rows, kept, ends, y, ps, on, steps, every)
@@ -203,7 +204,7 @@ class Bptt:
             ds0 = [z if e is None else e.clone() for e, z in zip(des, zero_s)]
         none = zero_s[0]
         out = [_steps_of(d, x) if w else none.new_empty(0) for d, x, w in zip(dx, xs, need)]
-        out += ds0 + [none.new_empty(0) if d is None else d for d in dp]
+        out += ds0 + [none.new_empty(0) if d is None else d.to(p.dtype) for d, p in zip(dp, ps)]
         return [*out, torch.stack(norms) if record and T else none.new_empty(0)]
 
     def bptt_fast(self, args: Any) -> list[Tensor]:
@@ -241,7 +242,10 @@ class Bptt:
             exclude = keys(torch._C.DispatchKey.AutocastCPU) | keys(torch._C.DispatchKey.AutocastCUDA)
             with torch._C._ForceDispatchKeyGuard(include, exclude), torch.no_grad():
                 v = args[place].dim() - rank
+                before = None if drop else _marks(args)
                 out = _batched(fn, v, args, fast=True)
+                if before is not None:
+                    self._unchanged(before, _marks(args))
                 if drop and args[-1]:
                     recorder = _RECORDERS.get(args[-1])
                     if recorder is not None:
@@ -249,6 +253,15 @@ class Bptt:
             return tuple(o.contiguous() for o in out[: len(out) - drop])
 
         return run
+
+    def _unchanged(self, before: Any, after: Any) -> None:
+        if before[0] != after[0]:
+            raise RuntimeError(f"{self.scan.name}: the cell writes over its arguments; it must make new tensors")
+        if not torch.equal(before[1], after[1]):
+            raise RuntimeError(
+                f"{self.scan.name}: the cell draws random numbers, which backward cannot draw again; "
+                "give it its masks in xs or params"
+            )
 
     def _fake(self, fn: Any, rank: int, place: int) -> Callable[..., Any]:
         def run(*args: Any) -> tuple[Tensor, ...]:
@@ -308,6 +321,12 @@ def windows(T: int, k1: int, k2: int) -> Iterator[tuple[int, int, int]]:
 
 def names(letter: str, n: int) -> list[str]:
     return [f"{letter}{k}" for k in range(n)]
+
+
+def _marks(args: Sequence[Any]) -> tuple[list[int], Tensor]:
+    """The versions of the tensors, and the state of the random number generator of the CPU."""
+    versions = [a._version for a in args if isinstance(a, Tensor) and not a.is_inference()]
+    return versions, torch.get_rng_state()
 
 
 def _take(it: Iterator[Any], n: int) -> list[Any]:
