@@ -54,7 +54,8 @@ class Scan:
 
     Double backward, forward mode, vmap and `torch.compile` are derived as for every rule: second order is autograd of
     cell_backward. Autocast is off inside: the cell works in the dtypes that it is given. `plain` is the same as a loop that
-    autograd differentiates, to verify against.
+    autograd differentiates, to verify against. What does not need the state belongs before the scan: `xs @ w.mT` is one product
+    for all steps there, and so is w's gradient.
 
     Example:
         >>> import torch, bptoolkit as bp
