@@ -47,6 +47,7 @@ from bptoolkit.ops.conv_transpose import conv_transpose1d as conv_transpose1d
 from bptoolkit.ops.conv_transpose import conv_transpose2d as conv_transpose2d
 from bptoolkit.ops.conv_transpose import conv_transpose3d as conv_transpose3d
 from bptoolkit.ops.cross_entropy import cross_entropy as cross_entropy
+from bptoolkit.ops.ctc_loss import ctc_loss as ctc_loss
 from bptoolkit.ops.dropout import alpha_dropout as alpha_dropout
 from bptoolkit.ops.dropout import dropout as dropout
 from bptoolkit.ops.dropout import dropout1d as dropout1d

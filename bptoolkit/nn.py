@@ -51,6 +51,7 @@ from bptoolkit.ops.conv_transpose import ConvTranspose1d as ConvTranspose1d
 from bptoolkit.ops.conv_transpose import ConvTranspose2d as ConvTranspose2d
 from bptoolkit.ops.conv_transpose import ConvTranspose3d as ConvTranspose3d
 from bptoolkit.ops.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from bptoolkit.ops.ctc_loss import CTCLoss as CTCLoss
 from bptoolkit.ops.dropout import AlphaDropout as AlphaDropout
 from bptoolkit.ops.dropout import Dropout as Dropout
 from bptoolkit.ops.dropout import Dropout1d as Dropout1d

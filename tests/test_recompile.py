@@ -90,6 +90,7 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "max_unpool1d": lambda n, s: (r(20 + s, 3, n), torch.arange(n).mul(2).expand(20 + s, 3, n), 2),
     "max_unpool2d": lambda n, s: (r(20 + s, 3, n, 9), torch.arange(9 * n).reshape(n, 9).expand(20 + s, 3, n, 9), 2),
     "max_unpool3d": lambda n, s: (r(20 + s, 3, n, 9, 4), torch.arange(36 * n).reshape(n, 9, 4).expand(20 + s, 3, n, 9, 4), 2),
+    "ctc_loss": lambda n, s: (r(n, 20 + s, 7), torch.ones(20 + s, 3).long(), *(torch.full((20 + s,), k) for k in (6, 3))),
     "mse_loss": lambda n, s: (r(20 + s, n), r(20 + s, n)),
     "cross_entropy": lambda n, s: (r(20 + s, 7, n), torch.zeros(20 + s, n, dtype=torch.int64)),
     "scaled_dot_product_attention": lambda n, s: (r(20 + s, 3, n, 4), r(20 + s, 3, n + 40, 4), r(20 + s, 3, n + 40, 6)),

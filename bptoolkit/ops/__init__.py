@@ -37,6 +37,7 @@ NAMES = (
     "loss_hinge",
     "loss_multi_margin",
     "loss_embedding",
+    "ctc_loss",
     "attention",
     "attention_varlen",
     "linear_attention",
