@@ -48,6 +48,8 @@ from bptoolkit.ops.conv_transpose import conv_transpose2d as conv_transpose2d
 from bptoolkit.ops.conv_transpose import conv_transpose3d as conv_transpose3d
 from bptoolkit.ops.cross_entropy import cross_entropy as cross_entropy
 from bptoolkit.ops.ctc_loss import ctc_loss as ctc_loss
+from bptoolkit.ops.distance import cdist as cdist
+from bptoolkit.ops.distance import pdist as pdist
 from bptoolkit.ops.dropout import alpha_dropout as alpha_dropout
 from bptoolkit.ops.dropout import dropout as dropout
 from bptoolkit.ops.dropout import dropout1d as dropout1d
@@ -62,6 +64,8 @@ from bptoolkit.ops.gated import geglu as geglu
 from bptoolkit.ops.gated import glu as glu
 from bptoolkit.ops.gated import reglu as reglu
 from bptoolkit.ops.gated import swiglu as swiglu
+from bptoolkit.ops.grid_sample import affine_grid as affine_grid
+from bptoolkit.ops.grid_sample import grid_sample as grid_sample
 from bptoolkit.ops.group_norm import group_norm as group_norm
 from bptoolkit.ops.gru import gru as gru
 from bptoolkit.ops.instance_norm import instance_norm as instance_norm
@@ -73,6 +77,7 @@ from bptoolkit.ops.linear_cross_entropy import linear_cross_entropy as linear_cr
 from bptoolkit.ops.linear_recurrence import linear_recurrence as linear_recurrence
 from bptoolkit.ops.loss_embedding import cosine_embedding_loss as cosine_embedding_loss
 from bptoolkit.ops.loss_embedding import triplet_margin_loss as triplet_margin_loss
+from bptoolkit.ops.loss_embedding import triplet_margin_with_distance_loss as triplet_margin_with_distance_loss
 from bptoolkit.ops.loss_hinge import hinge_embedding_loss as hinge_embedding_loss
 from bptoolkit.ops.loss_hinge import margin_ranking_loss as margin_ranking_loss
 from bptoolkit.ops.loss_hinge import soft_margin_loss as soft_margin_loss

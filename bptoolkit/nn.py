@@ -76,6 +76,7 @@ from bptoolkit.ops.linear import Linear as Linear
 from bptoolkit.ops.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from bptoolkit.ops.loss_embedding import CosineEmbeddingLoss as CosineEmbeddingLoss
 from bptoolkit.ops.loss_embedding import TripletMarginLoss as TripletMarginLoss
+from bptoolkit.ops.loss_embedding import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
 from bptoolkit.ops.loss_hinge import HingeEmbeddingLoss as HingeEmbeddingLoss
 from bptoolkit.ops.loss_hinge import MarginRankingLoss as MarginRankingLoss
 from bptoolkit.ops.loss_hinge import SoftMarginLoss as SoftMarginLoss

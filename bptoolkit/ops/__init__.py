@@ -18,6 +18,7 @@ NAMES = (
     "conv_transpose",
     "fold",
     "interpolate",
+    "grid_sample",
     "pad",
     "pixel_shuffle",
     "layer_norm",
@@ -57,6 +58,7 @@ NAMES = (
     "embedding_bag",
     "bilinear",
     "similarity",
+    "distance",
     "rotary",
 )
 

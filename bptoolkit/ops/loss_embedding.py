@@ -1,11 +1,11 @@
-"""Losses with a margin between vectors: cosine_embedding_loss, triplet_margin_loss.
+"""Losses with a margin between vectors: cosine_embedding_loss, triplet_margin_loss, triplet_margin_with_distance_loss.
 
 Maths     h⁺ = max(h, 0), on = [h ≥ 0] as torch's clamp has it
           cosine_embedding  c = a·b / √(A B), A = |a|² + 10⁻¹², B = |b|² + 10⁻¹²
                             ℓ = 1 − c where y = 1, (c − m)⁺ where y = −1, else 0
                             dc = dℓ (− [y = 1] + [y = −1] on), da = dc (b/√(A B) − c a/A), db = dc (a/√(A B) − c b/B)
           triplet_margin    ℓ = (m + |a − p + ε| − |a − n + ε|)⁺, margin_ranking of two distances; with swap the smaller of
-                            |a − n + ε| and |p − n + ε|
+                            |a − n + ε| and |p − n + ε|; _with_distance takes any distance instead, differentiated as it is
           distance          n = (Σ |e|^q)^(1/q), e = x − y + ε    de = dn sign(e) |e|^(q−1) / n^(q−1), 0 at n = 0;
                             q = ∞: dn sign(e) [|e| = n], shared by ties
 Letters   all per row; m the margin, y the label ±1 of cosine_embedding
@@ -15,6 +15,8 @@ Source    Bromley et al. 1993 (cosine_embedding); Schroff et al. 2015, eq. 2 and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import inf, prod
 
 import torch
@@ -24,7 +26,9 @@ from torch.nn import functional as F
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.ops.loss_hinge import RANKING_RULE, signs
-from bptoolkit.ops.reduction import REDUCTIONS, broadcast, floating, loss_op, reduce, resolve, share
+from bptoolkit.ops.reduction import REDUCTIONS, broadcast, check_reduction, floating, loss_op, reduce, resolve, share
+from bptoolkit.ops.similarity import DISTANCE_RULE as PAIRWISE_RULE
+from bptoolkit.ops.similarity import pairwise_distance
 from bptoolkit.precision import wide
 
 EPS = 1e-12
@@ -189,6 +193,54 @@ def triplet_margin_loss(
     return RANKING_RULE(far, near, None, float(margin), reduction, backend=backend).to(a.dtype)
 
 
+def triplet_margin_with_distance_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    distance_function: Callable[[Tensor, Tensor], Tensor] | None = None,
+    margin: float = 1.0,
+    swap: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """max(0, margin + d(anchor, positive) − d(anchor, negative)), as torch.nn.functional's function of this name.
+
+    Args:
+        anchor: floating point, of any shape that the distance takes.
+        positive: likewise, which should be near it.
+        negative: likewise, which should not.
+        distance_function: d, of two such tensors; None is `pairwise_distance`.
+        margin: the difference that suffices, positive.
+        swap: take the distance from positive to negative where it is the smaller.
+        reduction: "none", "mean" or "sum".
+        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
+
+    Returns:
+        The distances' shape for "none", else a scalar.
+
+    Raises:
+        ValueError: ranks that differ, distances that cannot be broadcast, a margin that is not positive, or a reduction that
+            does not exist.
+        TypeError: the tensors are not of one floating-point dtype.
+    """
+    op = "triplet_margin_with_distance_loss"
+    check_reduction(op, reduction)
+    if margin <= 0:
+        raise ValueError(f"{op}: margin={margin} must be positive")
+    ANY_TRIPLET_OP.check(anchor, positive, negative)
+    if not anchor.dim() == positive.dim() == negative.dim():
+        found = f"anchor {tuple(anchor.shape)}, positive {tuple(positive.shape)}, negative {tuple(negative.shape)}"
+        raise ValueError(f"{op}: the tensors must have one number of dimensions, not {found}")
+    if distance_function is None:
+        distance_function = partial(pairwise_distance, backend=backend)
+    near, far = distance_function(anchor, positive), distance_function(anchor, negative)
+    far = torch.minimum(far, distance_function(positive, negative)) if swap else far
+    far, near = broadcast(op, far, near, warn=False)
+    backend = ANY_TRIPLET_OP.pick(RANKING_RULE, backend, far, near)
+    return RANKING_RULE(far, near, None, float(margin), reduction, backend=backend)
+
+
 class CosineEmbeddingLoss(nn.CosineEmbeddingLoss):
     """`torch.nn.CosineEmbeddingLoss` with the backward above; same arguments."""
 
@@ -217,6 +269,24 @@ class TripletMarginLoss(nn.TripletMarginLoss):
         )
 
 
+class TripletMarginWithDistanceLoss(nn.TripletMarginWithDistanceLoss):
+    """`torch.nn.TripletMarginWithDistanceLoss` with the backward above; same arguments."""
+
+    backend: str = "auto"
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        return triplet_margin_with_distance_loss(
+            anchor,
+            positive,
+            negative,
+            distance_function=self.distance_function,
+            margin=self.margin,
+            swap=self.swap,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+
 # --- the ops ------------------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +301,17 @@ def triplet_case(draw: Draw) -> Case:
     shape = (*draw.batch(), draw.size(least=1))
     kwargs = {"reduction": draw.choice(REDUCTIONS), "margin": draw.choice((1.0, 0.3)), "swap": draw.flag()}
     return Case(tuple(draw.tensor(*shape) for _ in range(3)), {**kwargs, "p": draw.choice((2, 2, 1, 3.5))})
+
+
+def squared(x, y):
+    """A distance that is no norm, for checks."""
+    return (x - y).square().sum(-1)
+
+
+def any_triplet_case(draw: Draw) -> Case:
+    shape = (*draw.batch(), draw.size(least=1))
+    kwargs = {"reduction": draw.choice(REDUCTIONS), "margin": draw.choice((1.0, 0.3)), "swap": draw.flag()}
+    return Case(tuple(draw.tensor(*shape) for _ in range(3)), {**kwargs, "distance_function": draw.choice((None, squared))})
 
 
 def bench_cosine(draw: Draw) -> Case:
@@ -261,4 +342,15 @@ TRIPLET_OP = loss_op(
     case=triplet_case,
     bench=bench_triplet,
 )
-OPS = (COSINE_OP, TRIPLET_OP)
+ANY_TRIPLET_OP = loss_op(
+    triplet_margin_with_distance_loss,
+    F.triplet_margin_with_distance_loss,
+    (PAIRWISE_RULE, RANKING_RULE),
+    TripletMarginWithDistanceLoss,
+    "anchor: *A, positive: *P, negative: *N -> *A",
+    "Schroff et al. 2015, eq. 2",
+    autocast={},
+    case=any_triplet_case,
+    bench=bench_triplet,
+)
+OPS = (COSINE_OP, TRIPLET_OP, ANY_TRIPLET_OP)
