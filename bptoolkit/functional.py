@@ -60,6 +60,8 @@ from bptoolkit.ops.embedding import embedding as embedding
 from bptoolkit.ops.embedding_bag import embedding_bag as embedding_bag
 from bptoolkit.ops.fold import fold as fold
 from bptoolkit.ops.fold import unfold as unfold
+from bptoolkit.ops.fractional_max_pool import fractional_max_pool2d as fractional_max_pool2d
+from bptoolkit.ops.fractional_max_pool import fractional_max_pool3d as fractional_max_pool3d
 from bptoolkit.ops.gated import geglu as geglu
 from bptoolkit.ops.gated import glu as glu
 from bptoolkit.ops.gated import reglu as reglu
@@ -124,3 +126,4 @@ from bptoolkit.ops.similarity import pairwise_distance as pairwise_distance
 from bptoolkit.ops.softmax import log_softmax as log_softmax
 from bptoolkit.ops.softmax import softmax as softmax
 from bptoolkit.ops.softmax import softmin as softmin
+from bptoolkit.ops.spectral_norm import spectral_norm as spectral_norm

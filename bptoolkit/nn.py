@@ -62,6 +62,8 @@ from bptoolkit.ops.embedding import Embedding as Embedding
 from bptoolkit.ops.embedding_bag import EmbeddingBag as EmbeddingBag
 from bptoolkit.ops.fold import Fold as Fold
 from bptoolkit.ops.fold import Unfold as Unfold
+from bptoolkit.ops.fractional_max_pool import FractionalMaxPool2d as FractionalMaxPool2d
+from bptoolkit.ops.fractional_max_pool import FractionalMaxPool3d as FractionalMaxPool3d
 from bptoolkit.ops.gated import GLU as GLU
 from bptoolkit.ops.group_norm import GroupNorm as GroupNorm
 from bptoolkit.ops.gru import GRU as GRU
@@ -130,4 +132,6 @@ from bptoolkit.ops.similarity import CosineSimilarity as CosineSimilarity
 from bptoolkit.ops.similarity import PairwiseDistance as PairwiseDistance
 from bptoolkit.ops.softmax import LogSoftmax as LogSoftmax
 from bptoolkit.ops.softmax import Softmax as Softmax
+from bptoolkit.ops.softmax import Softmax2d as Softmax2d
 from bptoolkit.ops.softmax import Softmin as Softmin
+from bptoolkit.ops.spectral_norm import SpectralNorm as SpectralNorm

@@ -63,12 +63,21 @@ def pull(dy, x, z, y, p, need_x, need_z):
     dx, dz = torch.empty_like(x) if need_x else None, torch.zeros_like(z) if need_z else None
     for k in range(0, P, n):
         at = slice(k, k + n)
-        part, back = some(dy[..., at, :], x[..., at, :], y[..., at, :])
+        w, s = weighted(x[..., at, :].unsqueeze(-2) - z.unsqueeze(-3), dy[..., at, :], y[..., at, :], p)
         if need_x:
-            dx[..., at, :] = part
+            torch.matmul(w.unsqueeze(-2), s, out=dx[..., at, :].unsqueeze(-2))
         if need_z:
-            dz += back
+            dz -= s.mul_(w.unsqueeze(-1)).sum(-3)
     return dx, dz
+
+
+def weighted(e, dy, y, p):
+    """W and s with dy ∂y/∂e = w s, per element of y and of e, which is used up."""
+    if p == 1:
+        return dy, e.sgn_()
+    if p == 2:
+        return torch.where(y == 0, 0.0, dy / y), e
+    return dy, slope(e, y.unsqueeze(-1), p)
 
 
 def products(dy, x, z, y, need_x, need_z):
@@ -115,6 +124,16 @@ def square(t, N):
 
 def pdist_backward(dy, x, y, p):
     N, x_ = x.shape[0], wide(x)
+    if unwatched(dy, x, y):
+        dx, rows, others = torch.zeros_like(x_), x_.unbind(0), range(N - 1, 0, -1)  # a row and those after it at a time
+        if p == 2:
+            dy = torch.where(y == 0, 0.0, dy / y)
+        for i, d, n in zip(range(N - 1), dy.split(list(others)), y.split(list(others))):
+            e = rows[i] - x_[i + 1 :]
+            s = e if p == 2 else slope(e, n.unsqueeze(1), p)
+            dx[i] += d @ s
+            dx[i + 1 :] -= s.mul_(d.unsqueeze(1))
+        return dx.to(x.dtype)
     return pull(square(dy, N), x_, x_, square(y, N), p, True, False)[0].to(x.dtype)
 
 

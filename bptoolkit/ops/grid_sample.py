@@ -13,12 +13,13 @@ Maths     i_d = (g + 1) X_d/2 − ½, or (g + 1)(X_d − 1)/2 with align_corners
 Letters   x input N C *X, g grid N *Y n, p one of M = N ∏Y places, k over the K taps of it, j places in x, d and e dimensions;
           θ N n n+1, b_p the place p of the output itself, and 1
 Numerics  half tensors are computed in float32. Taps outside of x are left out (zeros); bicubic has its taps clamped or
-          reflected, not i. Rows of C channels are gathered and added up, as many places at a time as stay in the cache
+          reflected, not i. x is gathered and dx added up a tap at a time, a few samples at a time
 Source    Jaderberg et al. 2015, eq. 5 to 8; Keys 1981, eq. 4 (cubic)
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from math import prod
@@ -36,7 +37,7 @@ from bptoolkit.precision import wide
 
 MODES = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")
-BLOCK = 1 << 17  # elements of gathered rows, which stay in the cache
+BLOCK = 1 << 18  # elements of dy whose gradients are taken at a time, in the cache
 A = -0.75
 
 
@@ -69,27 +70,27 @@ def into(i, X, padding, align):
 
 
 def taps(g, X, mode, padding, align, vectors):
-    """Of one dimension: places j, which of them are in x, weights and their derivatives by g; M T each."""
+    """Of one dimension, per tap: the place j, whether it is in x, the weight and its derivative by g; N P each."""
     i, m = scaled(g, X, align, vectors)
     if mode != "bicubic" and padding != "zeros":
         i, sign = into(i, X, padding, align)
-        m = m * sign.unsqueeze(1)
+        m = m * sign
     if mode == "nearest":
-        j, w, slope = i.detach().round().unsqueeze(1), torch.ones_like(i).unsqueeze(1), None
+        js, ws, slopes = [i.detach().round()], [torch.ones_like(i)], [None]
     else:
         low = i.detach().floor()
-        u, low = i - low, low.unsqueeze(1)
+        u = i - low
         if mode == "bilinear":
-            j, w, one = torch.cat((low, low + 1), 1), torch.stack((1 - u, u), 1), torch.ones_like(u)
-            slope = m * torch.stack((-one, one), 1)
+            js, ws, m = [low, low + 1], [1 - u, u], m * torch.ones_like(u)
+            slopes = [-m, m]
         else:
-            j = low + torch.arange(-1, 3, device=g.device)
-            w = torch.stack((outer(1 + u), inner(u), inner(1 - u), outer(2 - u)), 1)
-            slope = m * torch.stack((outer_slope(1 + u), inner_slope(u), -inner_slope(1 - u), -outer_slope(2 - u)), 1)
+            js = [low + k for k in range(-1, 3)]
+            ws = [outer(1 + u), inner(u), inner(1 - u), outer(2 - u)]
+            slopes = [m * t for t in (outer_slope(1 + u), inner_slope(u), -inner_slope(1 - u), -outer_slope(2 - u))]
             if padding != "zeros":
-                j = into(j, X, padding, align)[0]
-    there = (j >= 0) & (j < X)  # not where it is NaN
-    return torch.where(there, j, 0.0).long(), there, w, slope
+                js = [into(j, X, padding, align)[0] for j in js]
+    there = [(j >= 0) & (j < X) for j in js]  # not where it is NaN
+    return [(j.long().clamp(0, X - 1), t, w, s) for j, t, w, s in zip(js, there, ws, slopes)]
 
 
 def inner(s):
@@ -108,33 +109,27 @@ def outer_slope(s):
     return (3 * A * s - 10 * A) * s + 8 * A
 
 
-def spread(t, d, n):
-    """M T to M 1 … T … 1, T in the d-th of n places."""
-    return t.reshape(t.shape[0], *[1] * d, t.shape[1], *[1] * (n - 1 - d))
-
-
-def gradients(dy, rows, g, first, X, mode, padding, align, need, vectors):
-    """Of places M: what dx gets (M K C) and where (M K), and dg (M n)."""
-    n = len(X)
-    each = [taps(g[:, n - 1 - d], X[d], mode, padding, align, vectors) for d in range(n)]
-    j, there, step = first.reshape(-1, *[1] * n), True, prod(X)
-    for d, (at, inside, _, _) in enumerate(each):
-        step = step // X[d]
-        j, there = j + spread(at * step, d, n), there & spread(inside, d, n)  # M T … T
-    M, w = g.shape[0], [spread(t, d, n) for d, (_, _, t, _) in enumerate(each)]
-    j, there = j.reshape(M, -1), there.reshape(M, -1)
-    back = dg = None
-    if need.x:
-        whole = torch.where(there, product(w).reshape(M, -1), 0.0)  # M K
-        back = whole.unsqueeze(2) * dy.unsqueeze(1)
-        if padding == "zeros":
-            back = torch.where(there.unsqueeze(2), back, 0.0)  # an infinite dy times 0 is NaN
-    if need.g:
-        dw = (rows.index_select(0, j.reshape(-1)).reshape(*j.shape, -1) @ dy.unsqueeze(2)).squeeze(2)  # M K
-        dw = torch.where(there, dw, 0.0).reshape(M, *(t.shape[1] for _, _, t, _ in each))
-        axes = [product([dw, *w[:d], spread(each[d][3], d, n), *w[d + 1 :]]).flatten(1).sum(1) for d in range(n)]
-        dg = torch.stack(axes[::-1], 1)
-    return back, j, dg
+def gradients(dy, x, g, X, mode, padding, align, need):
+    """dx (N C S) and dg (N P n) from dy (N C P), x (N C S) and g (N P n), in place where nothing watches."""
+    n, (N, C, P), S, alone = len(X), dy.shape, prod(X), unwatched(dy, x, g)
+    vectors = n == 2 and g.device.type == "cpu"
+    each = [taps(g.select(2, n - 1 - d), X[d], mode, padding, align, vectors) for d in range(n)]
+    dx = dy.new_zeros(N, C, S + 1) if need.x else None  # in the last place goes what belongs to no element
+    dgs = [torch.zeros_like(g.select(2, 0)) for _ in range(n)]
+    for chosen in itertools.product(*each):
+        j, there = chosen[0][:2]
+        for d in range(1, n):
+            j, there = j * X[d] + chosen[d][0], there & chosen[d][1]  # N P
+        w = [t[2] for t in chosen]
+        if need.x:
+            at, part = torch.where(there, j, S).unsqueeze(1).expand(N, C, P), dy * product(w).unsqueeze(1)
+            dx = dx.scatter_add_(2, at, part) if alone else dx.scatter_add(2, at, part)
+        if need.g:
+            v = x.gather(2, j.unsqueeze(1).expand(N, C, P))
+            dw = torch.where(there, (v.mul_(dy) if alone else v * dy).sum(1), 0.0)  # N P
+            for d in range(n):
+                dgs[d] = dgs[d] + product([dw, *w[:d], chosen[d][3], *w[d + 1 :]])
+    return dx.narrow(2, 0, S) if need.x else None, torch.stack(dgs[::-1], 2) if need.g else None
 
 
 def product(factors):
@@ -145,38 +140,23 @@ def product(factors):
 
 
 def backward(dy, x, g, X, mode, padding, align, need):
-    N, C, S, P = g.shape[0], dy.shape[1], prod(X), prod(g.shape[1:-1])
-    n, vectors = len(X), len(X) == 2 and g.device.type == "cpu"
-    g_, dy_ = wide(g).reshape(N * P, n), wide(dy).reshape(N, C, P).transpose(1, 2).reshape(N * P, C)
-    by_grid = need.g and mode != "nearest"
-    rows = wide(x).reshape(N, C, S).transpose(1, 2).reshape(N * S, C) if by_grid else None
-    first = torch.arange(N, device=g.device).unsqueeze(1).expand(N, P).reshape(-1) * S
-    wanted = RULE.Need(x=need.x, g=by_grid)
-    zeros = dy_.new_zeros(N * S, C)
-    K = {"nearest": 1, "bilinear": 2, "bicubic": 4}[mode] ** n
-    if unwatched(dy, x, g) and dy.is_cpu and N * P * K * C > BLOCK:
-        step, dgs = max(BLOCK // (K * C), 1), []
-        for k in range(0, N * P, step):
-            at = slice(k, k + step)
-            back, j, part = gradients(dy_[at], rows, g_[at], first[at], X, mode, padding, align, wanted, vectors)
-            if need.x:
-                add_rows(zeros, j, back)
-            dgs.append(part)
-        dx, dg = zeros, torch.cat(dgs) if by_grid else None
+    N, C, S, P, n = g.shape[0], dy.shape[1], prod(X), prod(g.shape[1:-1]), len(X)
+    wanted = RULE.Need(x=need.x, g=need.g and mode != "nearest")
+    x_ = wide(x).reshape(N, C, S) if wanted.g else None
+    dy_, g_ = wide(dy).reshape(N, C, P), wide(g).reshape(N, P, n)
+    args = (X, mode, padding, align, wanted)
+    if unwatched(dy, x, g) and dy.is_cpu and N > 1 and N * C * P > BLOCK:
+        step = max(BLOCK // (C * P), 1)
+        samples = (t.split(step) if t is not None else itertools.repeat(None) for t in (dy_, x_, g_))
+        parts = [gradients(*some, *args) for some in zip(*samples)]
+        dx, dg = (torch.cat(t) if t[0] is not None else None for t in zip(*parts))
     else:
-        back, j, dg = gradients(dy_, rows, g_, first, X, mode, padding, align, wanted, vectors)
-        dx = zeros.index_add(0, j.reshape(-1), back.reshape(-1, C)) if need.x else None
+        dx, dg = gradients(dy_, x_, g_, *args)
     if need.x:
-        dx = dx.reshape(N, S, C).transpose(1, 2).reshape(N, C, *X).to(dy.dtype)
+        dx = dx.reshape(N, C, *X).to(dy.dtype)
     if need.g:
-        dg = dg.reshape(g.shape).to(g.dtype) if by_grid else torch.zeros_like(g)
-    return dx if need.x else None, dg
-
-
-def add_rows(into, j, rows):
-    """In place; with an index that is expanded, scatter_add goes row by row."""
-    j = j.reshape(-1, 1)
-    into.scatter_add_(0, j.expand(-1, into.shape[1]), rows.reshape(j.shape[0], -1))
+        dg = torch.zeros_like(g) if dg is None else dg.reshape(g.shape).to(g.dtype)
+    return dx, dg if need.g else None
 
 
 RULE = Rule("grid_sample", forward, backward, inputs="x g", outputs="y", uses={"x": "g", "g": "x g"})
@@ -187,14 +167,19 @@ def places(size, align, like):
     n = len(size)
     axes = []
     for d, s in enumerate(size):
-        line = torch.linspace(-1, 1, s, dtype=like.dtype, device=like.device) if s > 1 else like.new_zeros(s)
+        if type(s) is int:
+            line = torch.linspace(-1, 1, s, dtype=like.dtype, device=like.device) if s > 1 else like.new_zeros(s)
+        else:  # of a graph for any size, which linspace would bind to this one
+            line = (2 * torch.arange(s, dtype=like.dtype, device=like.device) + 1 - s) / (s - 1)
         line = line if align else line * ((s - 1) / max(s, 1))
         axes.append(line.view(*[1] * d, s, *[1] * (n - 1 - d)).expand(*size))
     return torch.stack((*axes[::-1], torch.ones_like(axes[0])), -1).reshape(-1, n + 1)
 
 
 def affine_forward(t, size, align):
-    return F.affine_grid(wide(t), list(size), align).to(t.dtype)
+    if all(type(s) is int for s in size):
+        return F.affine_grid(wide(t), list(size), align).to(t.dtype)
+    return (places(size[2:], align, wide(t)) @ wide(t).mT).reshape(size[0], *size[2:], len(size) - 2).to(t.dtype)
 
 
 def affine_backward(dg, size, align):
@@ -302,7 +287,7 @@ def reference(input, grid, mode="bilinear", padding_mode="zeros", align_corners=
         far = torch.arange(-reach * W - 2, (reach + 1) * W + 2, device=x.device, dtype=x.dtype)  # taps, before they are padded
         s = (i - far).abs()
         if mode == "nearest":
-            w = (i.round() == far).to(x.dtype)
+            w = (i.round() == far).to(x.dtype) + 0 * i
         elif mode == "bilinear":
             w = (1 - s).clamp(min=0)
         else:

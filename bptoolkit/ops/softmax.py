@@ -158,6 +158,17 @@ class Softmax(nn.Softmax):
         return softmax(input, self.dim, _stacklevel=5, backend=self.backend)
 
 
+class Softmax2d(nn.Softmax2d):
+    """`torch.nn.Softmax2d` with the backward above."""
+
+    backend: str = "auto"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in (3, 4):
+            raise ValueError(f"Softmax2d: input has shape {tuple(input.shape)}; it needs (N, C, H, W) or (C, H, W)")
+        return softmax(input, -3, backend=self.backend)
+
+
 class LogSoftmax(nn.LogSoftmax):
     """`torch.nn.LogSoftmax` with the backward above; same arguments."""
 
@@ -190,8 +201,8 @@ SOFTMAX = Op(
     call=softmax,
     reference=F.softmax,
     rules=(SOFTMAX_RULE,),
-    module=(Softmax,),
-    replaces=(nn.Softmax,),
+    module=(Softmax, Softmax2d),
+    replaces=(nn.Softmax, nn.Softmax2d),
     shapes="input: *B -> *B",
     source="Bridle 1990",
     autocast=FLOAT32_CUDA,
