@@ -49,6 +49,8 @@ def _ours(info: Any) -> Callable[..., Any] | None:
     ours = getattr(bp.functional, short, None)
     if short == "ctc_loss":  # torch's gradient is by the input of log_softmax, and so is right behind it
         return _normalized(ours)
+    if short.startswith("fractional_max_pool"):  # the windows of one seed, as torch's samples have it
+        return lambda *args, **options: methods.wrapper_set_seed(ours, *args, **options)
     if ours is not None and short.startswith("embedding"):  # torch's samples have the weight first
         return lambda weight, indices, **options: ours(indices, weight, **options)
     return ours

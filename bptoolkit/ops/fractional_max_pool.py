@@ -27,7 +27,27 @@ KERNELS = {2: torch._C._nn.fractional_max_pool2d, 3: torch._C._nn.fractional_max
 
 
 def forward(x, u, kernel, Y, X):
-    return KERNELS[len(kernel)](x, kernel, Y, u)  # *B Y, *B Y
+    if all(type(s) is int for s in (*X, *x.shape)):
+        return KERNELS[len(kernel)](x, kernel, Y, u)  # *B Y, *B Y
+    return plain_forward(x, u, kernel, Y, X)
+
+
+def plain_forward(x, u, kernel, Y, X):
+    """The same, a window as K gathered elements; torch's kernel for volumes binds a graph for any size to one."""
+    n, (N, C) = len(X), u.shape[:2]
+    at, count, size = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=x.device), 1, 1
+    for d in range(n):
+        r = u[..., 1 - d if n == 2 else d].unsqueeze(-1)  # of images the width has the first, of volumes the depth
+        a = (X[d] - kernel[d]) / max(Y[d] - 1, 1)
+        starts = ((torch.arange(Y[d] - 1, device=x.device) + r) * a).floor() - (r * a).floor()
+        starts = torch.cat((starts.long(), torch.zeros_like(r).long() + (X[d] - kernel[d])), -1)  # N C Y
+        places = starts.unsqueeze(-1) + torch.arange(kernel[d], device=x.device)  # N C Y K
+        count, size = count * Y[d], size * kernel[d]
+        at = (at.unsqueeze(3).unsqueeze(5) * X[d] + places.unsqueeze(2).unsqueeze(4)).reshape(N, C, count, size)
+    windows = x.reshape(N, C, prod(X)).gather(2, at.reshape(N, C, count * size)).reshape(at.shape)
+    best = windows.max(-1, keepdim=True)[1]
+    shape = (*x.shape[: x.dim() - n], *Y)
+    return windows.gather(-1, best).reshape(shape), at.gather(-1, best).reshape(shape)
 
 
 def backward(dy, i, X):
@@ -56,6 +76,7 @@ def _pool(op: Op, n: int, x: Tensor, kernel: Any, size: Any, ratio: Any, return_
     wanted = (1 if x.dim() == n + 1 else x.shape[0], x.shape[-n - 1], n)
     if u is None:
         u = torch.rand(wanted, dtype=x.dtype, device=x.device)
+    u = u[: wanted[0]]  # torch takes more rows than there are samples
     if tuple(u.shape) != wanted or u.dtype != x.dtype or u.device != x.device:
         raise ValueError(
             f"{op.name}: _random_samples has shape {tuple(u.shape)} and {u.dtype} on {u.device}; "
@@ -142,27 +163,12 @@ class FractionalMaxPool3d(nn.FractionalMaxPool3d):
 
 
 def reference(input, kernel_size, output_size, output_ratio=None, return_indices=False, _random_samples=None):
-    """Windows as gathered elements."""
+    """Elements gathered at torch's indices: torch has no second derivative."""
     n = len(output_size)
-    x = input if input.dim() == n + 2 else input.unsqueeze(0)
-    X, (N, C), u = x.shape[2:], x.shape[:2], _random_samples
-    at: Any = None
-    for d, (s, k, y) in enumerate(zip(X, kernel_size, output_size)):
-        step = (s - k) / (y - 1) if y > 1 else 0.0
-        r = u[..., n - 1 - d].unsqueeze(-1)  # the last dimension has the first sample
-        start = (((torch.arange(y - 1, device=x.device) + r) * step).floor() - (r * step).floor()).long()
-        start = torch.cat((start, torch.full_like(start[..., :1], s - k) if y > 1 else r.new_full((N, C, 1), s - k).long()), -1)
-        places = (start.unsqueeze(-1) + torch.arange(k, device=x.device)).reshape(N, C, y, k)
-        if at is None:
-            at = places
-        else:
-            at = at.unsqueeze(3).unsqueeze(5) * s + places.unsqueeze(2).unsqueeze(4)
-            at = at.reshape(N, C, at.shape[2] * y, -1)
-    windows = x.flatten(2).gather(2, at.flatten(2)).reshape(at.shape)
-    best = windows.argmax(-1, keepdim=True)
-    out = windows.gather(-1, best).reshape(N, C, *output_size), at.gather(-1, best).reshape(N, C, *output_size)
-    out = out if input.dim() == n + 2 else tuple(t[0] for t in out)
-    return out if return_indices else out[0]
+    call = getattr(nn.functional, f"fractional_max_pool{n}d")
+    _, i = call(input.detach(), kernel_size, output_size, return_indices=True, _random_samples=_random_samples)
+    y = input.flatten(-n).gather(-1, i.flatten(-n)).reshape(i.shape)
+    return (y, i) if return_indices else y
 
 
 def case_of(n: int) -> Any:

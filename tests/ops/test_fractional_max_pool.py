@@ -57,13 +57,23 @@ def test_overlap_ties_and_nan():
     assert results[0][1][0][0, 0, 1, 1] == 1 + 2 + 4 + 5
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_plain_windows_are_the_kernels(n):
+    from bptoolkit.ops.fractional_max_pool import KERNELS, plain_forward
+
+    for Y in ((4, 3, 2)[-n:], (1, 2, 1)[-n:]):
+        args = (2, 3, 2)[-n:], Y, (9, 8, 7)[-n:]
+        x, u = torch.randn(2, 3, *args[2]), torch.rand(2, 3, n)
+        close(plain_forward(x, u, *args), KERNELS[n](x, args[0], Y, u))
+
+
 def test_errors():
     pool, x = CALLS[2][0], torch.randn(2, 3, 5, 5)
     for args, kwargs, message in (
         ((x, 2), {}, "output_size and output_ratio"),
         ((x, 3, 4), {}, "at least size 6"),
         ((x, 2, None, (0.5,)), {}, "output_ratio"),
-        ((x, 2, 2), {"_random_samples": torch.rand(1, 3, 2)}, "needs .2, 3, 2"),
+        ((x, 2, 2), {"_random_samples": torch.rand(1, 3, 2)}, r"needs \(2, 3, 2"),
         ((x, 2, 2), {"_random_samples": torch.rand(2, 3, 2).double()}, "torch.float64"),
         ((x[:, :0], 2, 2), {}, "number of samples"),
     ):
