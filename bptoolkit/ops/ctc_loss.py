@@ -9,8 +9,9 @@ Maths     labels with a blank before, between and after them: k₀ … k_{L−1}
           g_t(s) = exp(a_t(s) + b_t(s) − log Z)                  the share of all paths that is in s at t
           ∂ℓ/∂y_t(s) = − g_t(s)      dx_t(c) = − dℓ Σ_{s: k_s = c} g_t(s)
 Letters   x log_probs T N C; k targets with blanks N L; n, m the lengths of inputs and targets, N each; l the reduced loss
-Numerics  in log space; half tensors are computed in float32. b is a of the sequence reversed: one loop runs both, side by side
-          a row whose target does not fit its input has ℓ = ∞ and, unless zero_infinity, a gradient of NaN, as torch has it
+Numerics  in log space; half tensors are computed in float32. b is a of the sequence reversed: one loop runs both, side by side.
+          The least finite number counts as −∞. A row whose target does not fit its input has ℓ = ∞ and, unless
+          zero_infinity, a gradient of NaN, as torch has it
 Source    Graves et al. 2006, sections 4.1 and 4.2 (eq. 15 is g, by probabilities); Hannun 2017 for the pictures
 
 The gradient is the derivative by log_probs, whatever they are. torch's backward has that by the input of the log_softmax before

@@ -6,8 +6,9 @@ Maths     y_ij = ‖e‖_p,  e = x_i − z_j                     p = 0 how many 
           p = 2, by products: w = dy/y      dx_i = x_i Σ_j w_ij − Σ_j w_ij z_j      dz_j = z_j Σ_i w_ij − Σ_i w_ij x_i
           pdist  y_k is the distance of the k-th pair i < j; with D_ij = D_ji = dy_k and z = x it is dx_i = Σ_j D_ij s_ij
 Letters   x *B P M, z *B R M, y *B P R; in pdist x N M, y N(N−1)/2
-Numerics  half tensors are computed in float32; products where torch's forward uses them, on vectors with their mean taken off,
-          which no difference notices. Equal largest elements of p = ∞ get the whole gradient each, as torch has it here
+Numerics  half tensors are computed in float32. Products where torch's forward uses them, on vectors with their mean taken off,
+          which no difference notices; or in float64, for pdist of float32. Equal largest elements of p = ∞ get the whole
+          gradient each, as torch has it here
 Source    Minkowski 1896
 """
 
@@ -124,6 +125,13 @@ def square(t, N):
 
 def pdist_backward(dy, x, y, p):
     N, x_ = x.shape[0], wide(x)
+    if unwatched(dy, x, y) and p == 2 and x_.dtype == torch.float32:  # products in float64 lose less than float32 has
+        i, j = torch.triu_indices(N, N, 1, device=x.device)
+        w, x64 = x_.new_zeros(N * N, dtype=torch.float64), x_.double()
+        w.index_copy_(0, i * N + j, torch.where(y == 0, 0.0, dy / y).double())
+        w = w.view(N, N)
+        w = w + w.mT
+        return (x64 * w.sum(1, keepdim=True) - w @ x64).to(x.dtype)
     if unwatched(dy, x, y):
         dx, rows, others = torch.zeros_like(x_), x_.unbind(0), range(N - 1, 0, -1)  # a row and those after it at a time
         if p == 2:

@@ -145,8 +145,9 @@ def backward(dy, x, g, X, mode, padding, align, need):
     x_ = wide(x).reshape(N, C, S) if wanted.g else None
     dy_, g_ = wide(dy).reshape(N, C, P), wide(g).reshape(N, P, n)
     args = (X, mode, padding, align, wanted)
-    if unwatched(dy, x, g) and dy.is_cpu and N > 1 and N * C * P > BLOCK:
-        step = max(BLOCK // (C * P), 1)
+    each = max(C, 16) * P  # a sample's elements; of few channels, the integers count
+    if unwatched(dy, x, g) and dy.is_cpu and N > 1 and N * each > BLOCK:
+        step = max(BLOCK // each, 1)
         samples = (t.split(step) if t is not None else itertools.repeat(None) for t in (dy_, x_, g_))
         parts = [gradients(*some, *args) for some in zip(*samples)]
         dx, dg = (torch.cat(t) if t[0] is not None else None for t in zip(*parts))

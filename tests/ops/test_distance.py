@@ -79,6 +79,16 @@ def test_broadcasting_and_halves():
     close(f.pdist(h), F.pdist(h.float()).bfloat16())
 
 
+def test_near_and_equal_rows_far_from_the_origin():
+    """Where products of float32 would leave no digit: pdist's are of float64."""
+    x = torch.randn(40, 8)
+    x[20:] = x[:20] + 1e-5 * torch.randn(20, 8)
+    x[39] = x[0]
+    x = (x + 30).requires_grad_()
+    (got,) = torch.autograd.grad(f.pdist(x).sum(), x)
+    close(got, torch.autograd.grad(F.pdist(x).sum(), x)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_errors():
     for call, message in (
         (lambda: f.cdist(double(3, 4), double(2, 4), -1), "p=-1"),
