@@ -275,7 +275,7 @@ def reference(input, grid, mode="bilinear", padding_mode="zeros", align_corners=
     """By a matrix of weights from every element to every place: torch has no second derivative."""
     x, (n, X), size = wide(input), (input.dim() - 2, input.shape[2:]), grid.shape[1:-1]
     N = x.shape[0]
-    total: Any = None
+    total = None
     for d in range(n):
         i, W = wide(grid)[..., n - 1 - d].reshape(N, -1, 1), X[d]
         i = (i + 1) / 2 * (W - 1) if align_corners else (i + 1) / 2 * W - 0.5
