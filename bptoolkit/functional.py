@@ -114,6 +114,10 @@ from bptoolkit.ops.pad import pad as pad
 from bptoolkit.ops.pixel_shuffle import channel_shuffle as channel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_shuffle as pixel_shuffle
 from bptoolkit.ops.pixel_shuffle import pixel_unshuffle as pixel_unshuffle
+from bptoolkit.ops.recurrent_cells import gru_cell as gru_cell
+from bptoolkit.ops.recurrent_cells import lstm_cell as lstm_cell
+from bptoolkit.ops.recurrent_cells import rnn_relu_cell as rnn_relu_cell
+from bptoolkit.ops.recurrent_cells import rnn_tanh_cell as rnn_tanh_cell
 from bptoolkit.ops.rms_norm import rms_norm as rms_norm
 from bptoolkit.ops.rnn import rnn as rnn
 from bptoolkit.ops.rotary import alibi_bias as alibi_bias

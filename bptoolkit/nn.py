@@ -126,6 +126,9 @@ from bptoolkit.ops.pad import ZeroPad3d as ZeroPad3d
 from bptoolkit.ops.pixel_shuffle import ChannelShuffle as ChannelShuffle
 from bptoolkit.ops.pixel_shuffle import PixelShuffle as PixelShuffle
 from bptoolkit.ops.pixel_shuffle import PixelUnshuffle as PixelUnshuffle
+from bptoolkit.ops.recurrent_cells import GRUCell as GRUCell
+from bptoolkit.ops.recurrent_cells import LSTMCell as LSTMCell
+from bptoolkit.ops.recurrent_cells import RNNCell as RNNCell
 from bptoolkit.ops.rms_norm import RMSNorm as RMSNorm
 from bptoolkit.ops.rnn import RNN as RNN
 from bptoolkit.ops.similarity import CosineSimilarity as CosineSimilarity

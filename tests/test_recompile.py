@@ -24,6 +24,14 @@ def two(n, s):
     return r(20 + s, n), torch.rand(20 + s, n)
 
 
+def cell(gates, states=1):
+    def make(n, s):
+        hx = tuple(r(20 + s, 6) for _ in range(states))
+        return r(20 + s, 11), hx if states > 1 else hx[0], r(gates * 6, 11), r(gates * 6, 6), r(gates * 6), r(gates * 6)
+
+    return make
+
+
 CALLS = {  # (length, what is added to the batch) -> arguments; every size differs from the others, or duck shaping guards it
     "linear": lambda n, s: (r(20 + s, n, 3), r(5, 3), r(5)),
     "conv1d": lambda n, s: (r(20 + s, 3, n), r(5, 3, 2)),
@@ -110,6 +118,10 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "min_gru": lambda n, s: (r(n, 20 + s, 11), None, [r(12, 11), r(12)]),
     "min_lstm": lambda n, s: (r(n, 20 + s, 11), None, [r(18, 11), r(18)]),
     "linear_recurrence": lambda n, s: (torch.rand(n, 20 + s, 6, requires_grad=True), r(n, 20 + s, 6)),
+    "lstm_cell": cell(4, 2),
+    "gru_cell": cell(3),
+    "rnn_tanh_cell": cell(1),
+    "rnn_relu_cell": cell(1),
 }
 
 

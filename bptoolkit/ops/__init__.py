@@ -49,6 +49,7 @@ NAMES = (
     "rnn",
     "linear_recurrence",
     "min_rnn",
+    "recurrent_cells",
     "max_pool",
     "avg_pool",
     "adaptive_pool",
