@@ -97,6 +97,9 @@ from bptoolkit.ops.lp_pool import lp_pool1d as lp_pool1d
 from bptoolkit.ops.lp_pool import lp_pool2d as lp_pool2d
 from bptoolkit.ops.lp_pool import lp_pool3d as lp_pool3d
 from bptoolkit.ops.lstm import lstm as lstm
+from bptoolkit.ops.lstm_variants import layer_norm_lstm as layer_norm_lstm
+from bptoolkit.ops.lstm_variants import peephole_lstm as peephole_lstm
+from bptoolkit.ops.lstm_variants import zoneout_lstm as zoneout_lstm
 from bptoolkit.ops.max_pool import max_pool1d as max_pool1d
 from bptoolkit.ops.max_pool import max_pool2d as max_pool2d
 from bptoolkit.ops.max_pool import max_pool3d as max_pool3d

@@ -96,6 +96,9 @@ from bptoolkit.ops.lp_pool import LPPool1d as LPPool1d
 from bptoolkit.ops.lp_pool import LPPool2d as LPPool2d
 from bptoolkit.ops.lp_pool import LPPool3d as LPPool3d
 from bptoolkit.ops.lstm import LSTM as LSTM
+from bptoolkit.ops.lstm_variants import LayerNormLSTM as LayerNormLSTM
+from bptoolkit.ops.lstm_variants import PeepholeLSTM as PeepholeLSTM
+from bptoolkit.ops.lstm_variants import ZoneoutLSTM as ZoneoutLSTM
 from bptoolkit.ops.max_pool import MaxPool1d as MaxPool1d
 from bptoolkit.ops.max_pool import MaxPool2d as MaxPool2d
 from bptoolkit.ops.max_pool import MaxPool3d as MaxPool3d

@@ -15,8 +15,8 @@ def r(*shape):
     return torch.randn(shape, requires_grad=True)
 
 
-def recurrent(gates):
-    weights = [r(gates * 6, 11), r(gates * 6, 6), r(gates * 6), r(gates * 6)]
+def recurrent(gates, *more):
+    weights = [r(gates * 6, 11), r(gates * 6, 6), r(gates * 6), r(gates * 6), *(r(m * 6) for m in more)]
     return lambda n, s: (r(n, 20 + s, 11), None, weights)
 
 
@@ -118,6 +118,9 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "min_gru": lambda n, s: (r(n, 20 + s, 11), None, [r(12, 11), r(12)]),
     "min_lstm": lambda n, s: (r(n, 20 + s, 11), None, [r(18, 11), r(18)]),
     "linear_recurrence": lambda n, s: (torch.rand(n, 20 + s, 6, requires_grad=True), r(n, 20 + s, 6)),
+    "peephole_lstm": recurrent(4, 3),
+    "layer_norm_lstm": recurrent(4, 4, 4, 1, 1),
+    "zoneout_lstm": recurrent(4),
     "lstm_cell": cell(4, 2),
     "gru_cell": cell(3),
     "rnn_tanh_cell": cell(1),

@@ -50,6 +50,7 @@ NAMES = (
     "linear_recurrence",
     "min_rnn",
     "recurrent_cells",
+    "lstm_variants",
     "max_pool",
     "avg_pool",
     "adaptive_pool",
