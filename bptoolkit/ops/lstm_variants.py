@@ -1,13 +1,17 @@
 """The LSTM with peepholes, with layer normalisation, and with zoneout or dropout inside the recurrence.
 
-Maths, letters and saving: `recurrent_variants`, which has the rule.
-
-peephole_lstm     the gates see the cell: i and f the old one, o the new one, each unit its own
-layer_norm_lstm   Wi x, Wh h and what the output sees of the cell are normalised over their units
-zoneout_lstm      the plain LSTM; like the other two it takes
-                  zoneout               each unit keeps its old state with a probability; in evaluation, the expectation
-                  recurrent_dropout     of g, the candidate for the cell: what the cell remembers is never dropped
-                  variational_dropout   of x and hₜ₋₁, by one mask for all steps
+Maths     in `recurrent_variants`, which has the rule, forward and backward:
+          peephole_lstm     the gates see the cell: i and f the old one, o the new one, each unit its own
+          layer_norm_lstm   Wi x, Wh h and what the output sees of the cell are normalised over their units
+          zoneout_lstm      the plain LSTM; like the other two it takes
+                            zoneout               each unit keeps its old state with a probability
+                            recurrent_dropout     of g, the candidate for the cell: what the cell remembers is never dropped
+                            variational_dropout   of x and hₜ₋₁, by one mask for all steps
+Letters   T steps, B batch, I in, H hidden, L layers, D directions
+Source    peepholes: Gers & Schmidhuber, "Recurrent nets that time and count", 2000; Graves, arXiv 1308.0850, eqs. 7-11
+          layer normalisation: Ba et al., arXiv 1607.06450, eqs. 20-22
+          zoneout: Krueger et al., arXiv 1606.01305; recurrent dropout: Semeniuta et al., arXiv 1603.05118;
+          variational dropout: Gal & Ghahramani, arXiv 1512.05287
 """
 
 from __future__ import annotations
@@ -181,33 +185,12 @@ def layer_norm_lstm(
     lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """A whole sequence through a layer-normalised LSTM; H hidden, L layers, D directions.
+    """A whole sequence through a layer-normalised LSTM; arguments and errors as `peephole_lstm` but for weights and eps.
 
     Args:
-        input: (T, B, I), (B, T, I) if batch_first, (T, I), or a PackedSequence; floating point, T at least 1.
-        hx: (h_0, c_0), each (L·D, B, H), without B for a (T, I) input; None for zeros.
-        weights: per layer and direction, those of torch.nn.LSTM: weight_ih (4H, I or D·H), weight_hh (4H, H), bias_ih and
-            bias_hh (4H) if bias; gates in the order i f g o; then gain_ih and gain_hh (4H) of the norms of Wi x and Wh h,
+        weights: per layer and direction, those of torch.nn.LSTM, then gain_ih and gain_hh (4H) of the norms of Wi x and Wh h,
             whose shifts are bias_ih and bias_hh, and gain_c (H) and, if bias, bias_c (H) of that of the cell.
-        num_layers, bidirectional, batch_first, bias: as in torch.nn.LSTM.
-        dropout: the share of every layer's output but the last's that is zeroed, if training.
-        zoneout: the probability that a unit of h, and of c, keeps its old value for a step; two numbers for two. In
-            evaluation the states are mixed in that proportion.
-        recurrent_dropout: the share of g, the candidate for the cell, that is zeroed, if training; anew at each step.
-        variational_dropout: the share of x, and of h, that is zeroed, if training; the same units at all steps. Two numbers
-            for two.
-        training: whether the random masks are drawn; `torch.manual_seed` governs them.
         eps: added to the variances.
-        lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
-            at their ends, a reverse direction starts there.
-        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
-
-    Returns:
-        output (T, B, D·H) or as the input is laid out, and (h_n, c_n) in the shapes of hx.
-
-    Raises:
-        ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
     """
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
     rates = rates_of("layer_norm_lstm", zoneout, recurrent_dropout, variational_dropout)
@@ -231,31 +214,10 @@ def zoneout_lstm(
     lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """A whole sequence through an LSTM with zoneout or dropout inside it; H hidden, L layers, D directions.
+    """A whole sequence through an LSTM with zoneout or dropout inside; arguments and errors as `peephole_lstm` but for weights.
 
     Args:
-        input: (T, B, I), (B, T, I) if batch_first, (T, I), or a PackedSequence; floating point, T at least 1.
-        hx: (h_0, c_0), each (L·D, B, H), without B for a (T, I) input; None for zeros.
-        weights: per layer and direction, those of torch.nn.LSTM: weight_ih (4H, I or D·H), weight_hh (4H, H), bias_ih and
-            bias_hh (4H) if bias; gates in the order i f g o.
-        num_layers, bidirectional, batch_first, bias: as in torch.nn.LSTM.
-        dropout: the share of every layer's output but the last's that is zeroed, if training.
-        zoneout: the probability that a unit of h, and of c, keeps its old value for a step; two numbers for two. In
-            evaluation the states are mixed in that proportion.
-        recurrent_dropout: the share of g, the candidate for the cell, that is zeroed, if training; anew at each step.
-        variational_dropout: the share of x, and of h, that is zeroed, if training; the same units at all steps. Two numbers
-            for two.
-        training: whether the random masks are drawn; `torch.manual_seed` governs them.
-        lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
-            at their ends, a reverse direction starts there.
-        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
-
-    Returns:
-        output (T, B, D·H) or as the input is laid out, and (h_n, c_n) in the shapes of hx.
-
-    Raises:
-        ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
+        weights: those of torch.nn.LSTM.
     """
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
     rates = rates_of("zoneout_lstm", zoneout, recurrent_dropout, variational_dropout)
@@ -299,13 +261,15 @@ class Variant(nn.RNNBase):
         more = [name for name in self.more if self.bias or name != "bias_c"]
         return [[*names, *(m + names[0].removeprefix("weight_ih") for m in more)] for names in self._all_weights]
 
+    def options(self) -> dict[str, Any]:
+        """The module's attributes as the options of its function."""
+        names = ["num_layers", "bidirectional", "batch_first", "bias", "training", "zoneout", "backend"]
+        names += ["dropout", "recurrent_dropout", "variational_dropout"] if self.training else []
+        return {name: getattr(self, name) for name in names}
+
     def forward(self, input, hx=None, lengths=None):
-        names = ("num_layers", "bidirectional", "batch_first", "bias", "training", "backend")
-        options = {name: getattr(self, name) for name in names}
-        if self.training:
-            options |= {name: getattr(self, name) for name in ("dropout", "recurrent_dropout", "variational_dropout")}
         weights = [getattr(self, name) for names in self.names() for name in names]
-        return type(self).function(input, hx, weights, **options, zoneout=self.zoneout, lengths=lengths)
+        return type(self).function(input, hx, weights, **self.options(), lengths=lengths)
 
     def extra_repr(self) -> str:
         """The arguments that are not the default ones."""
@@ -332,11 +296,20 @@ class LayerNormLSTM(Variant):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.nn.LSTM.
-        zoneout, recurrent_dropout, variational_dropout: see `bptoolkit.functional.layer_norm_lstm`, as for `lengths`.
+        zoneout, recurrent_dropout, variational_dropout: see `bptoolkit.functional.peephole_lstm`, as for `lengths`.
+        eps: added to the variances.
     """
 
     function = staticmethod(layer_norm_lstm)
     more = NORMS
+
+    def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.eps = eps
+
+    def options(self) -> dict[str, Any]:
+        """The module's attributes as the options of its function."""
+        return super().options() | {"eps": self.eps}
 
     def reset_parameters(self) -> None:
         """As torch.nn.LSTM; the gains are 1 and the shifts of the cell 0."""
@@ -353,7 +326,7 @@ class ZoneoutLSTM(Variant):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.nn.LSTM.
-        zoneout, recurrent_dropout, variational_dropout: see `bptoolkit.functional.zoneout_lstm`, as for `lengths`.
+        zoneout, recurrent_dropout, variational_dropout: see `bptoolkit.functional.peephole_lstm`, as for `lengths`.
     """
 
     function = staticmethod(zoneout_lstm)
@@ -392,7 +365,7 @@ def case_of(op: str) -> Callable[[Draw], Case]:
 def bench_of(op: str) -> Callable[[Draw], Case]:
     def bench(draw: Draw) -> Case:
         x, hx, weights = recurrent_reference.wide(draw, 4, 64, 32, 256)
-        more = [draw.tensor(m * 256) for m in further(op, True).values()]
+        more = [draw.tensor(m * 256, scale=1 / 16) for m in further(op, True).values()]
         return Case((x, hx, [*weights, *more]), {"zoneout": 0.1, "recurrent_dropout": 0.1})
 
     return bench
