@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bptoolkit import randomness
+from bptoolkit.blocks import by_rows
 from bptoolkit.function import Rule
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops.recurrent import before, carry, folded, order, over_time, valid, within
@@ -129,7 +130,7 @@ def normal_vjp(d: Tensor, n: Tensor, r: Tensor) -> Tensor:
 
 
 def cell(a, cp, p, gc, bc, kg, eps):
-    """One step, or all of them at once, from a and cₜ₋₁: i f g o ĉ, then tanh(N(ĉ)), and n and r of that N."""
+    """One step, or all of them at once, from a and cₜ₋₁: i f g o ĉ and tanh(N(ĉ))."""
     ai, af, ag, ao = a.chunk(4, -1)
     pi, pf, po = (None, None, None) if p is None else p.chunk(3, -1)
     i = (ai if pi is None else ai + pi * cp).sigmoid()
@@ -137,10 +138,7 @@ def cell(a, cp, p, gc, bc, kg, eps):
     g = ag.tanh()
     cn = f * cp + i * times(g, kg)
     o = (ao if po is None else ao + po * cn).sigmoid()
-    if gc is None:
-        return i, f, g, o, cn, cn.tanh(), None, None
-    n, r = normal(cn, eps)
-    return i, f, g, o, cn, plus(n * gc, bc).tanh(), n, r
+    return i, f, g, o, cn, (cn if gc is None else plus(normal(cn, eps)[0] * gc, bc)).tanh()
 
 
 def loop(
@@ -170,7 +168,7 @@ def loop(
         v = times(h, kh) @ wt  # *V B 4H
         if gh is not None:
             v = normal(v, eps)[0] * gh
-        _, _, _, o, cn, tu, _, _ = cell(pre.select(-3, t) + v, c, p, gc, bc, at(kg, t), eps)
+        _, _, _, o, cn, tu = cell(pre.select(-3, t) + v, c, p, gc, bc, at(kg, t), eps)
         h = carry(keeps[t], mixed(at(zh, t), eh, o * tu, h), h)
         c = carry(keeps[t], mixed(at(zc, t), ec, cn, c), c)
         ys[t], cs[t] = h, c
@@ -218,14 +216,14 @@ def bptt(
     pi, pf, po = (None, None, None) if p is None else p.chunk(3, -1)
     dh, dct, das, dus = torch.zeros_like(h0), torch.zeros_like(h0), [K] * T, [K] * T  # *V B H
     for t in order(T, reverse)[::-1]:
-        ki_f_g, ko, ku, f = K.select(-3, t).split((3 * H, H, H, H), -1)
+        k, ku, f = K.select(-3, t).split((4 * H, H, H), -1)
         dhn, dh_old = split(at(zh, t), eh, plus(dh, at(dy, t)))
         dcn, dc_old = split(at(zc, t), ec, plus(dct, at(dc, t)))
-        du, ao = dhn * ku, dhn * ko
+        du = dhn * ku
         dcn = dcn + (du if gc is None else normal_vjp(du * gc, at(cn, t), at(cr, t)))  # type: ignore[arg-type]
         if po is not None:
-            dcn = dcn + po * ao
-        da = torch.cat([torch.cat([dcn, dcn, dcn], -1) * ki_f_g, ao], -1)  # *V B 4H
+            dcn = dcn + po * (dhn * k[..., 3 * H :])
+        da = torch.cat([dcn, dcn, dcn, dhn], -1) * k  # *V B 4H
         dv = da if gh is None else normal_vjp(da * gh, at(vn, t), at(vr, t))  # type: ignore[arg-type]
         dc_new = plus(dcn * f, dc_old)
         if pi is not None and pf is not None:
@@ -274,27 +272,30 @@ def forward(x, h0, c0, wi, wh, b, p, gi, gh, gc, bc, seed, lengths, reverse, rat
     return LOOP(pre, h0, c0, wh, *norms, m.kh, m.kg, m.zh, m.zc, lengths, reverse, m.eh, m.ec, eps)
 
 
-def slopes(i, f, g, o, cp, tu, kg):
-    """The local derivatives: of aᵢ, a_f and a_g by dĉ, of aₒ and N(ĉ) by dĥ, of cₜ₋₁ by dĉ: T B 6H."""
-    ki, kg = times(g, kg) * i * (1 - i), times(i * (1 - g * g), kg)
-    return torch.cat([ki, cp * f * (1 - f), kg, tu * o * (1 - o), o * (1 - tu * tu), f], -1)
+def slopes(a, cp, kg, p, gc, bc, eps):
+    """Of all steps: the derivatives of aᵢ, a_f and a_g by dĉ, of aₒ and N(ĉ) by dĥ, of cₜ₋₁ by dĉ; and ĉ: T B 7H."""
+    i, f, g, o, ch, tu = cell(a, cp, p, gc, bc, kg, eps)
+    ki, k = times(g, kg) * i * (1 - i), times(i * (1 - g * g), kg)
+    return torch.cat([ki, cp * f * (1 - f), k, tu * o * (1 - o), o * (1 - tu * tu), f, ch], -1)
 
 
-def backward(
-    dy, dc, x, h0, c0, wi, wh, b, p, gi, gh, gc, bc, seed, lengths, reverse, rates, eps, y, c, need
-):  # everything again from x, y and c, then the loop, then what is one product or sum over all steps
-    m = masks(seed, rates, x, h0)
+def backward(dy, dc, x, h0, c0, wi, wh, b, p, gi, gh, gc, bc, seed, lengths, reverse, rates, eps, y, c, need):
+    m, H = masks(seed, rates, x, h0), h0.shape[1]
     dy, dc = within(dy, lengths), within(dc, lengths)
     x, pre, un, ur = of_input(x, wi, b, gi, m.kx, lengths, eps)
     hp, cp = times(before(h0, y, lengths, reverse), m.kh), before(c0, c, lengths, reverse)  # T B H
-    v = hp @ wh.mT  # T B 4H
-    vn, vr = (None, None) if gh is None else normal(v, eps)
-    i, f, g, o, ch, tu, cn, cr = cell(pre + (v if gh is None else vn * gh), cp, p, gc, bc, m.kg, eps)
-    K = within(slopes(i, f, g, o, cp, tu, m.kg), lengths)
+    if gh is None:
+        a, vn, vr = torch.addmm(pre.reshape(-1, 4 * H), hp.reshape(-1, H), wh.mT).view(pre.shape), None, None  # T B 4H
+    else:
+        vn, vr = normal(hp @ wh.mT, eps)
+        a = pre + vn * gh
+    K = by_rows(lambda a, cp, kg: slopes(a, cp, kg, p, gc, bc, eps), a, cp, m.kg)
+    K, ch = within(K[..., : 6 * H], lengths), K[..., 6 * H :]
+    cn, cr = (None, None) if gc is None else normal(ch, eps)
     norms = row(p), row(gh), vn, vr, row(gc), cn, cr
     da, du, dh0, dc0 = BPTT(dy, dc, K, h0, wh, *norms, m.kh, m.zh, m.zc, lengths, reverse, m.eh, m.ec)
-    dpre = da if gi is None else normal_vjp(da * gi, un, ur)
-    dv = da if gh is None else normal_vjp(da * gh, vn, vr)
+    dpre = da if gi is None else by_rows(lambda d, n, r: normal_vjp(d * gi, n, r), da, un, ur)
+    dv = da if gh is None else by_rows(lambda d, n, r: normal_vjp(d * gh, n, r), da, vn, vr)
     ai, af, _, ao = da.chunk(4, -1)
     return (
         times(dpre @ wi, m.kx) if need.x else None,  # T B I
