@@ -10,6 +10,8 @@ from bptoolkit.function import Rule as Rule
 from bptoolkit.op import Op as Op
 from bptoolkit.opaque import Opaque as Opaque
 from bptoolkit.ops import OPS as OPS
+from bptoolkit.ops.bptt import ARTBP as ARTBP
+from bptoolkit.ops.bptt_plan import bptt_plan as bptt_plan
 from bptoolkit.scan import Scan as Scan
 from bptoolkit.scan import scan as scan  # likewise
 from bptoolkit.swap import SwapReport as SwapReport

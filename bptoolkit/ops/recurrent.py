@@ -246,12 +246,6 @@ def unpack(packed: PackedSequence, data: Tensor) -> tuple[Tensor, Tensor, Tensor
 # --- checks ---------------------------------------------------------------------------------------------------------------
 
 
-def check_save(op: str, save: str) -> None:
-    """Raise unless save is a known mode."""
-    if save not in ("gates", "outputs"):
-        raise ValueError(f"{op}: save={save!r} is not known; choose 'gates' or 'outputs'")
-
-
 def check_hx(op: str, hx: Any, states: Sequence[str]) -> Any:
     """The initial states as a sequence with a tensor per state, or None."""
     if hx is None:
@@ -344,7 +338,7 @@ def weights_of(module: torch.nn.RNNBase) -> list[Tensor]:
 
 def options_of(module: torch.nn.RNNBase) -> dict[str, Any]:
     """A module's attributes as the options of its function."""
-    names = ("num_layers", "bidirectional", "batch_first", "bias", "training", "backend")
+    names = ("num_layers", "bidirectional", "batch_first", "bias", "training", "save", "truncate", "backend")
     # under dynamic=True a float read from a module costs a second compilation, so it is read where it matters only
     dropout = module.dropout if module.training and module.num_layers > 1 else 0.0
     return {"dropout": dropout, **{name: getattr(module, name) for name in names}}

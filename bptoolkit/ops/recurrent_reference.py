@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Step = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+from bptoolkit import randomness
+from bptoolkit.ops.bptt import ARTBP
+from bptoolkit.ops.bptt_plan import sizes_of
+
+Step = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor], Sequence[Tensor]]
 
 
 def plain(
@@ -22,11 +26,12 @@ def plain(
     bidirectional: bool = False,
     batch_first: bool = False,
     lengths: Tensor | None = None,
+    truncate: Any = None,
     **_: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run `step(x_t, states, weights) -> states` over all steps, rows, directions and layers.
+    """Run `step(x_t, states, weights, h) -> states` over all steps, rows, directions and layers.
 
-    The first of the states is the output; `sizes` are theirs.
+    The first of the states is the output; `sizes` are theirs; h is that first state for the product with the recurrent weights.
     """
     batched, D = input.dim() == 3, 1 + bidirectional
     x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if batch_first else input
@@ -35,6 +40,7 @@ def plain(
     T, B, per = x.shape[0], x.shape[1], len(weights) // (num_layers * D)
     rows = [(slice(None), T)] if lengths is None or not B else [(slice(b, b + 1), n) for b, n in enumerate(lengths.tolist())]
     finals: list[list[Tensor]] = [[] for _ in sizes]
+    masks = [None if not isinstance(truncate, ARTBP) else _mask(truncate, T, B, x, k) for k in range(num_layers * D)]
     for layer in range(num_layers):
         directions = []
         for d in range(D):
@@ -43,11 +49,10 @@ def plain(
             start = [x.new_zeros(B, n) for n in sizes] if hx is None else [h[k] for h in hx]
             outputs, ends = [], []
             for at, n in rows:
-                states: Sequence[Tensor] = [s[at] for s in start]
-                ys = [x.new_zeros(1)] * n
-                for t in range(n - 1, -1, -1) if d else range(n):
-                    states = step(x[t, at], states, ws)
-                    ys[t] = states[0]
+                steps = range(n - 1, -1, -1) if d else range(n)
+                mask = None if masks[k] is None else masks[k][:, at].unsqueeze(-1)
+                ys, states = _row(step, x[:, at], [s[at] for s in start], ws, steps, truncate, mask)
+                ys = ys[::-1] if d else ys
                 past = x.new_zeros(T - n, states[0].shape[0], sizes[0])
                 outputs.append(torch.cat([torch.stack(ys), past]) if n else past)
                 ends.append(states)
@@ -59,6 +64,49 @@ def plain(
     if not batched:
         return x.squeeze(1), tuple(s.squeeze(1) for s in states)
     return x.transpose(0, 1) if batch_first else x, states
+
+
+def _mask(truncate: ARTBP, T: int, B: int, x: Tensor, k: int) -> Tensor | None:
+    """Where the way into a step is not cut."""
+    if truncate.p == 0:
+        return None
+    seed = randomness.draw_seed(x) if truncate.seed is None else truncate.seed + k
+    return randomness.keep(seed, (T, B), truncate.p)
+
+
+def _row(
+    step: Step,
+    x: Tensor,
+    first: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    steps: Sequence[int],
+    truncate: Any,
+    mask: Tensor | None,
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """The outputs in the order of `steps`, and the last states."""
+
+    def run(states: Sequence[Tensor], steps: Sequence[int], begun: int = 0) -> list[Sequence[Tensor]]:
+        out = []
+        for s, t in enumerate(steps, begun):
+            if mask is not None and s:
+                a = 1 / (1 - truncate.p)
+                states = [torch.where(mask[t], a * h - ((a - 1) * h).detach(), h.detach()) for h in states]
+            states = step(x[t], states, ws, states[0].detach() if truncate == "eprop" else states[0])
+            out.append(states)
+        return out
+
+    n = len(steps)
+    if isinstance(truncate, (int, tuple, list)) and not isinstance(truncate, ARTBP):
+        k1, k2 = (truncate, truncate) if isinstance(truncate, int) else truncate
+        found: list[Sequence[Tensor]] = []
+        held = run(first, steps)
+        for w in range(0, n, k1):
+            begin, end = max(0, w + k1 - k2), min(w + k1, n)
+            states = first if begin == 0 else [h.detach() for h in held[begin - 1]]
+            found += run(states, steps[begin:end], begin)[w - begin :]
+    else:
+        found = run(first, steps)
+    return [states[0] for states in found], found[-1] if found else first
 
 
 def case(draw: Any, gates: int, states: int, projections: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -82,6 +130,15 @@ def case(draw: Any, gates: int, states: int, projections: bool = False) -> tuple
             weights += [draw.tensor(gates * H, D * P if layer else I, scale=scale), draw.tensor(gates * H, P, scale=scale)]
             weights += [draw.tensor(gates * H, scale=scale) for _ in range(2 * bias)]
             weights += [draw.tensor(P, H, scale=scale)] if "proj_size" in kwargs else []
+    kwargs["save"] = draw.choice(("gates", "outputs"))
+    if draw.random.random() < 0.25:
+        kwargs["save"] = draw.choice(("sparse", "segments", 1 << 20, 1))
+        if kwargs["save"] == 1:  # the least budget there is
+            kwargs["save"] = _least(gates, states, T, B if batched else 1, H, P, draw)
+    if draw.random.random() < 0.25:
+        k = draw.size(1, 3)
+        seed = draw.integers(-(1 << 31), 1 << 31, 2).to(torch.int32)
+        kwargs["truncate"] = draw.choice((k, (k, k + 1), (1, 3), "eprop", ARTBP(0.4, seed)))
     lead = (B, T) if "batch_first" in kwargs else (T, B)
     x = draw.tensor(*lead, I) if batched else draw.tensor(T, I)
     hx = None
@@ -89,6 +146,12 @@ def case(draw: Any, gates: int, states: int, projections: bool = False) -> tuple
         hx = tuple(draw.tensor(L * D, *([B] if batched else []), n) for n in (P, H)[:states])
         hx = hx[0] if states == 1 else hx
     return (x, hx, weights), kwargs
+
+
+def _least(gates: int, states: int, T: int, B: int, H: int, P: int, draw: Any) -> int:
+    """The least budget in bytes that a layer can do with."""
+    a, b = sizes_of({4: "lstm", 3: "gru", 1: "rnn"}[gates], B, H, P, draw.dtype.itemsize)
+    return max(1, min(b * T, a + a * -(-b // max(a, 1))))
 
 
 def wide(draw: Any, gates: int, T: int, B: int, H: int) -> tuple[Any, None, list[Tensor]]:

@@ -25,6 +25,8 @@ from bptoolkit.function import Rule
 from bptoolkit.op import LOW, Op
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops import recurrent_reference
+from bptoolkit.ops.bptt import slack
+from bptoolkit.ops.bptt_run import Core, Way, rules
 from bptoolkit.ops.recurrent import (
     Layout,
     before,
@@ -45,10 +47,16 @@ from bptoolkit.ops.recurrent import (
 
 def loop(pre: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None, reverse: bool, nonlinearity: str) -> Tensor:
     """The outputs y from pre = Wi x + b: *V T B H."""
+    return truncated(pre, h0, wh, lengths, None, reverse, nonlinearity, False)
+
+
+def truncated(pre, h0, wh, lengths, xi, reverse, nonlinearity, cut):
+    """`loop`, with `slack` on what a step takes from the one before."""
     T, h, ys = pre.shape[-3], h0, [pre] * pre.shape[-3]
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
+    xis = [None] * T if xi is None else xi.unbind(-3)
     for t in order(T, reverse):
-        a = pre.select(-3, t) + h @ wh.mT
+        a = pre.select(-3, t) + slack(h, xis[t], cut) @ wh.mT
         ys[t] = h = carry(keeps[t], a.tanh() if nonlinearity == "tanh" else a.relu(), h)
     return within(torch.stack(ys, -3), lengths)
 
@@ -71,20 +79,30 @@ def loop_fake(pre, h0, wh, lengths, reverse, nonlinearity):
 
 
 def bptt(
-    dy: Tensor, y: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None, reverse: bool, nonlinearity: str
+    dy: Tensor,
+    y: Tensor,
+    h0: Tensor,
+    wh: Tensor,
+    lengths: Tensor | None,
+    xi: Tensor | None,
+    reverse: bool,
+    nonlinearity: str,
+    cut: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients da and dh0 from the cotangent of y, which is zero past a row's length."""
     T = y.shape[-3]
+    xis = [None] * T if xi is None else xi.unbind(-3)
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
     k = within(1 - y * y if nonlinearity == "tanh" else (y > 0).to(y.dtype), lengths)
     dh, das = torch.zeros_like(h0), [y] * T
     for t in order(T, reverse)[::-1]:
         das[t] = da = (dh + dy.select(-3, t)) * k.select(-3, t)  # *V B H
-        dh = carry(keeps[t], da @ wh, dh)
+        sent = torch.zeros_like(dh) if cut else da @ wh
+        dh = carry(keeps[t], sent if xis[t] is None else sent * xis[t], dh)
     return torch.stack(das, -3), dh
 
 
-def bptt_fast(dy, y, h0, wh, lengths, reverse, nonlinearity):
+def bptt_fast(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut):
     """`bptt` in place, without *V."""
     T = len(y)
     if nonlinearity == "tanh":
@@ -93,24 +111,28 @@ def bptt_fast(dy, y, h0, wh, lengths, reverse, nonlinearity):
             da.masked_fill_(~valid(T, lengths), 0)
     else:
         da = torch.gt(y, 0, out=torch.empty_like(y))
+    if cut:
+        return da.mul_(dy), torch.zeros_like(h0)
     keeps = valid(T, lengths).unbind(0) if reverse and lengths is not None else None
+    xis = None if xi is None else xi.unbind(0)
     dh, behind, das, dys = torch.zeros_like(h0), None, da.unbind(0), dy.unbind(0)
     for t in order(T, reverse)[::-1]:
         dht = dys[t] + dh if behind is None else torch.addmm(dys[t], behind, wh)
         das[t].mul_(dht)
-        if keeps is None:  # dh is still zero past the lengths
+        if keeps is None and xis is None:  # dh is still zero past the lengths
             behind = das[t]
         else:
-            dh = torch.where(keeps[t], das[t] @ wh, dh)
+            sent = das[t] @ wh
+            dh = carry(keeps and keeps[t], sent if xis is None else sent.mul_(xis[t]), dh)
     return da, dh if behind is None else behind @ wh
 
 
-def bptt_fake(dy, y, h0, wh, lengths, reverse, nonlinearity):
+def bptt_fake(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut):
     return y.new_empty(y.shape), y.new_empty(h0.shape)
 
 
 LOOP = Opaque("rnn_loop", loop, loop_fake, vmap="leading", fast=folded("tbwl", loop_fast, loop))
-BPTT = Opaque("rnn_bptt", bptt, bptt_fake, vmap="leading", fast=folded("ttbwl", bptt_fast, bptt))
+BPTT = Opaque("rnn_bptt", bptt, bptt_fake, vmap="leading", fast=folded("ttbwlt", bptt_fast, bptt))
 
 # --- the rule -------------------------------------------------------------------------------------------------------------
 
@@ -122,12 +144,18 @@ def forward(x, h0, wi, wh, b, lengths, reverse, nonlinearity):
 
 def backward(dy, x, h0, wi, wh, lengths, reverse, nonlinearity, y, need):
     dy, x = within(dy, lengths), within(x, lengths)
-    da, dh0 = BPTT(dy, y, h0, wh, lengths, reverse, nonlinearity)  # T B H, B H
+    da, dh0 = BPTT(dy, y, h0, wh, lengths, None, reverse, nonlinearity, False)  # T B H, B H
+    dx, dwi, dwh, db = products(need, da, x, before(h0, y, lengths, reverse) if need.wh else None, wi)
+    return dx, dh0, dwi, dwh, db, None
+
+
+def products(need, da, x, hp, wi):
+    """The gradients of x, wi, wh and b: each one product over all steps."""
     dx = da @ wi if need.x else None  # T B I
     dwi = over_time(da, x) if need.wi else None  # H I
-    dwh = over_time(da, before(h0, y, lengths, reverse)) if need.wh else None  # H H
+    dwh = over_time(da, hp) if need.wh else None  # H H
     db = da.sum((0, 1)) if need.b else None  # H
-    return dx, dh0, dwi, dwh, db, None
+    return dx, dwi, dwh, db
 
 
 _BPTT = "h0 wh lengths y"  # what the loop of backward uses
@@ -140,6 +168,32 @@ RULE = Rule(
     outputs="y",
     uses={letter: f"{_BPTT} {more}" for letter, more in _USES.items()},
 )
+
+# --- the other ways of saving, and truncation -------------------------------------------------------------------------------
+
+
+def core(nonlinearity: str) -> Core:
+    """The cell, for `bptt_run`."""
+
+    def _loop(pre, h0, c0, wh, bh, wr, lengths, xi, reverse, cut):
+        return truncated(pre, h0, wh, lengths, xi, reverse, nonlinearity, cut), None, None
+
+    def _fast(pre, h0, c0, wh, bh, wr, lengths, reverse, keep):
+        return loop_fast(pre, h0, wh, lengths, reverse, nonlinearity), None, None
+
+    def _node(pre, h0, c0, wh, bh, wr, lengths, reverse, keep):
+        return LOOP(pre, h0, wh, lengths, reverse, nonlinearity), None, None
+
+    def _back(fast, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut):
+        return *(bptt_fast if fast else bptt)(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut), None
+
+    def _products(need, dy, da, x, hp, c, G, wi, wh, wr, xi, reverse, cut):
+        return *products(need, da, x, hp, wi), None, None
+
+    return Core(f"rnn_{nonlinearity}", "rnn", _loop, _fast, _node, _back, _products)
+
+
+MADE = {n: rules(core(n)) for n in ("tanh", "relu")}
 
 # --- the public function and module -----------------------------------------------------------------------------------------
 
@@ -157,6 +211,8 @@ def rnn(
     dropout: float = 0.0,
     training: bool = True,
     lengths: Tensor | None = None,
+    save: str | int = "gates",
+    truncate: Any = None,
     backend: str = "auto",
 ) -> tuple[Any, Tensor]:
     """A whole sequence through a simple recurrent network, as `torch.nn.RNN`; H hidden, L layers, D directions.
@@ -171,6 +227,14 @@ def rnn(
         dropout: the share of every layer's output but the last's that is zeroed, if training.
         lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
             at their ends, a reverse direction starts there.
+        save: what a layer keeps for backward, in one direction, besides its input: "gates" (the default), "outputs", "sparse":
+            all three h, as there is nothing else; "segments": h at the ends of √T segments, which backward runs again one by
+            one; an int: the plan with the fewest steps run again of those that keep, and hold at any moment of backward, at
+            most so many bytes of states (`bptoolkit.bptt_plan`). Where what follows the layer keeps its output in any case,
+            "gates" costs nothing and "segments" saves nothing.
+        truncate: how far gradients go back: None, to the beginning; (k1, k2), the losses of every k1 steps through at most k2
+            steps, to the beginning of the window that ends with them; k, (k, k); "eprop", not at all; ARTBP(p), cut at random,
+            without bias. Losses count once, and the states are those of the forward pass.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
@@ -182,10 +246,14 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity={nonlinearity!r} is not known; choose 'tanh' or 'relu'")
+    way = Way(OP, MADE[nonlinearity], save, truncate, backend, weights[0], num_layers * (1 + bidirectional))
 
     def cell(x, start, ws, lengths, reverse):
-        (h0,) = start
-        args = (x, h0, ws[0], ws[1], ws[2] + ws[3] if bias else None, lengths, reverse, nonlinearity)
+        (h0,), b = start, ws[2] + ws[3] if bias else None
+        if not way.own:
+            y, _ = way.run(reverse, x, h0, None, ws[0], ws[1], b, None, None, lengths)
+            return y, (last(h0, y, lengths, reverse),)
+        args = (x, h0, ws[0], ws[1], b, lengths, reverse, nonlinearity)
         y = RULE(*args, backend=OP.pick(RULE, backend, *args))
         return y, (last(h0, y, lengths, reverse),)
 
@@ -198,6 +266,8 @@ class RNN(nn.RNN):
     """`torch.nn.RNN` with the backward above; same parameters, state_dict and arguments, and `lengths`."""
 
     backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
+    save: str | int = "gates"  # these two as in `rnn`
+    truncate: Any = None
 
     def forward(self, input, hx=None, lengths=None):  # type: ignore[override]
         return rnn(input, hx, weights_of(self), **options_of(self), nonlinearity=self.nonlinearity, lengths=lengths)
@@ -209,15 +279,14 @@ def reference(input, hx, weights, nonlinearity="tanh", **kwargs):
     hx, weights = rest[: -len(weights)] or None, rest[-len(weights) :]
     bias, phi = kwargs.get("bias", True), getattr(torch, nonlinearity)
 
-    def step(x, states, ws):
-        (h,) = states
+    def step(x, states, ws, h):
         return (phi(F.linear(x, ws[0], ws[2] if bias else None) + F.linear(h, ws[1], ws[3] if bias else None)),)
 
     y, (h,) = recurrent_reference.plain(step, (weights[0].shape[0],), input, hx, weights, **kwargs)
     return y, h
 
 
-def peer(input, hx, weights, nonlinearity="tanh"):
+def peer(input, hx, weights, nonlinearity="tanh", save="gates", truncate=None):
     """Torch's own, for benchmarks."""
     zeros = input.new_zeros(1, input.shape[1], weights[1].shape[1])
     run = torch._VF.rnn_tanh if nonlinearity == "tanh" else torch._VF.rnn_relu
