@@ -182,8 +182,10 @@ def _once(fn: Callable[[], Any], inner: int = 1) -> float:
     return (time.perf_counter() - began) / inner
 
 
-def saved_bytes(fn: Callable[[], Any]) -> int:
-    """Bytes kept for backward by what fn runs: each storage that goes through the saved-tensor hooks, once."""
+def saved_bytes(fn: Callable[[], Any], but: Sequence[Tensor] = ()) -> int:
+    """Bytes kept for backward by what fn runs: each storage that goes through the saved-tensor hooks, once; but for those of
+    some tensors, such as inputs, which are there in any case.
+    """
     storages: dict[int, tuple[int, Any]] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -193,7 +195,8 @@ def saved_bytes(fn: Callable[[], Any]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = fn()
-    total = sum(n for n, _ in storages.values())
+    known = {t.untyped_storage().data_ptr() for t in but}
+    total = sum(n for at, (n, _) in storages.items() if at not in known)
     del out
     return total
 

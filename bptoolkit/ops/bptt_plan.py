@@ -141,8 +141,8 @@ def pieces_of(op: str, T: int, budget: int, a: int, b: int) -> Pieces:
     least = min(b * T, a + a * -(-b // a))
     if budget < least:
         raise ValueError(
-            f"{op}: save={budget} bytes do not suffice for {T} steps, of which a state takes {a} bytes and a step with its gates "
-            f"{b}; the least is {least}"
+            f"{op}: save={budget} bytes do not suffice for {T} steps: a state takes {a} bytes, a step with its gates {b}; "
+            f"the least is {least}"
         )
     m = budget // a
     q = 1

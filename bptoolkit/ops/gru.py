@@ -114,8 +114,8 @@ def gru(
         dropout: the share of every layer's output but the last's that is zeroed, if training.
         lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
             at their ends, a reverse direction starts there.
-        save: what a layer keeps for backward, in one direction, besides its input: "gates" (the default, the fastest): h and the
-            gates; "outputs": h, one product more; "sparse": the same, as there is no cell; "segments": h at the ends of √T
+        save: what a layer keeps for backward, in one direction, besides its input: "gates" (the default, the fastest): h and
+            the gates; "outputs": h, one product more; "sparse": the same, as there is no cell; "segments": h at the ends of √T
             segments, which backward runs again one by one; an int: the plan with the fewest steps run again of those that keep,
             and hold at any moment of backward, at most so many bytes of states and gates (`bptoolkit.bptt_plan`). Where what
             follows the layer keeps its output in any case, "outputs" costs nothing and "segments" saves nothing.

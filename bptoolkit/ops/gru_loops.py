@@ -7,13 +7,16 @@ Cut       e-prop: the path hₜ₋₁ -> Wh hₜ₋₁ is cut, in all three gate
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bptoolkit.opaque import Opaque
-from bptoolkit.ops import bptt_run
 from bptoolkit.ops.bptt import slack
+from bptoolkit.ops.bptt_pieces import Core
+from bptoolkit.ops.bptt_run import rules
 from bptoolkit.ops.recurrent import CHUNK, before, carry, folded, order, over_time, valid, within
 
 # --- the loops ------------------------------------------------------------------------------------------------------------
@@ -30,7 +33,7 @@ def truncated(pre, h0, wh, bh, lengths, xi, reverse, keep, cut):
     """`loop`, with `slack` on what a step takes from the one before."""
     T, h = pre.shape[-3], h0
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    xis = [None] * T if xi is None else xi.unbind(-3)
+    xis: Any = [None] * T if xi is None else xi.unbind(-3)
     ys, gs = [pre] * T, [pre] * T
     for t in order(T, reverse):
         ar, az, an = pre.select(-3, t).chunk(3, -1)
@@ -89,7 +92,7 @@ def bptt(
 ) -> tuple[Tensor, Tensor]:
     """The gradients da and dh0 from the cotangents of y and G, which are zero past a row's length."""
     T, hp = G.shape[-3], slack(before(h0, y, lengths, reverse), xi)
-    xis = [None] * T if xi is None else xi.unbind(-3)
+    xis: Any = [None] * T if xi is None else xi.unbind(-3)
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
     r, z, q, n = G.chunk(4, -1)
     # the local derivatives, for all steps at once: the loop holds the carry only
@@ -215,4 +218,4 @@ def _products(need, dy, da, x, hp, c, G, wi, wh, wr, xi, reverse, cut):
     return *products(need, da, x, hp, wi), None
 
 
-MADE = bptt_run.rules(bptt_run.Core("gru", "gru", _loop, _fast, _node, _back, _products, gates))
+MADE = rules(Core("gru", "gru", _loop, _fast, _node, _back, _products, gates))

@@ -13,8 +13,8 @@ Maths     aₜ = Wi xₜ + Wh hₜ₋₁ + b                        four blocks 
           dx = da Wi         dWi = Σₜ daₜᵀ xₜ      dWh = Σₜ daₜᵀ hₜ₋₁      db = Σₜ daₜ      dWr = Σₜ dhₜᵀ mₜ
 Letters   see `recurrent`; *V dimensions that vmap adds; G the four gates i f g o side by side, T B 4H
 Saving    save="gates" keeps x y c G; save="outputs" keeps x y c and makes G again from the outputs, in one product
-          over all steps: hₜ₋₁ = yₜ₋₁ is known for every t, so nothing is replayed. The other ways are in `bptt_run`, the loops in
-          `lstm_loops`
+          over all steps: hₜ₋₁ = yₜ₋₁ is known for every t, so nothing is replayed. The other ways are in `bptt_run`, the loops
+          in `lstm_loops`
 Source    Hochreiter & Schmidhuber 1997; the forget gate, Gers et al. 2000; full BPTT, Graves & Schmidhuber 2005
 """
 

@@ -6,14 +6,17 @@ Letters   see `recurrent`; *V dimensions that vmap adds; G the four gates i f g 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bptoolkit.function import unwatched
 from bptoolkit.opaque import Opaque
-from bptoolkit.ops import bptt_run
 from bptoolkit.ops.bptt import slack
+from bptoolkit.ops.bptt_pieces import Core
+from bptoolkit.ops.bptt_run import rules
 from bptoolkit.ops.recurrent import CHUNK, before, carry, folded, order, over_time, valid, within
 
 # --- the loops ------------------------------------------------------------------------------------------------------------
@@ -30,7 +33,7 @@ def truncated(pre, h0, c0, wh, wr, lengths, xi, reverse, keep, cut):
     """`loop`, with `slack` on what a step takes from the one before."""
     T, h, c = pre.shape[-3], h0, c0
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    xis = [None] * T if xi is None else xi.unbind(-3)
+    xis: Any = [None] * T if xi is None else xi.unbind(-3)
     ys, cs, gs = [pre] * T, [pre] * T, [pre] * T
     for t in order(T, reverse):
         i, f, g, o = (pre.select(-3, t) + slack(h, xis[t], cut) @ wh.mT).chunk(4, -1)
@@ -99,7 +102,7 @@ def bptt(
     """The gradients da, dh0 and dc0 from the cotangents of y, c and the gates; past a row's length all are zero."""
     T = G.shape[-3]
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    xis = [None] * T if xi is None else xi.unbind(-3)
+    xis: Any = [None] * T if xi is None else xi.unbind(-3)
     i, f, g, o = G.chunk(4, -1)
     tc, cp = c.tanh(), slack(before(c0, c, lengths, reverse), xi)
     # the local derivatives, for all steps at once: the loop holds the carries only
@@ -263,4 +266,4 @@ def _back(fast, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut):
     return (bptt_fast if fast else bptt)(dy, dc, None, G, c, c0, wh, wr, lengths, xi, reverse, cut)
 
 
-MADE = bptt_run.rules(bptt_run.Core("lstm", "lstm", _loop, _fast, _node, _back, products, gates, cells))
+MADE = rules(Core("lstm", "lstm", _loop, _fast, _node, _back, products, gates, cells))

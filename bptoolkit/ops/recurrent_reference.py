@@ -50,7 +50,8 @@ def plain(
             outputs, ends = [], []
             for at, n in rows:
                 steps = range(n - 1, -1, -1) if d else range(n)
-                mask = None if masks[k] is None else masks[k][:, at].unsqueeze(-1)
+                kept = masks[k]
+                mask = None if kept is None else kept[:, at].unsqueeze(-1)
                 ys, states = _row(step, x[:, at], [s[at] for s in start], ws, steps, truncate, mask)
                 ys = ys[::-1] if d else ys
                 past = x.new_zeros(T - n, states[0].shape[0], sizes[0])

@@ -26,7 +26,8 @@ from bptoolkit.op import LOW, Op
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops import recurrent_reference
 from bptoolkit.ops.bptt import slack
-from bptoolkit.ops.bptt_run import Core, Way, rules
+from bptoolkit.ops.bptt_pieces import Core
+from bptoolkit.ops.bptt_run import Way, rules
 from bptoolkit.ops.recurrent import (
     Layout,
     before,
@@ -54,7 +55,7 @@ def truncated(pre, h0, wh, lengths, xi, reverse, nonlinearity, cut):
     """`loop`, with `slack` on what a step takes from the one before."""
     T, h, ys = pre.shape[-3], h0, [pre] * pre.shape[-3]
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    xis = [None] * T if xi is None else xi.unbind(-3)
+    xis: Any = [None] * T if xi is None else xi.unbind(-3)
     for t in order(T, reverse):
         a = pre.select(-3, t) + slack(h, xis[t], cut) @ wh.mT
         ys[t] = h = carry(keeps[t], a.tanh() if nonlinearity == "tanh" else a.relu(), h)
@@ -91,7 +92,7 @@ def bptt(
 ) -> tuple[Tensor, Tensor]:
     """The gradients da and dh0 from the cotangent of y, which is zero past a row's length."""
     T = y.shape[-3]
-    xis = [None] * T if xi is None else xi.unbind(-3)
+    xis: Any = [None] * T if xi is None else xi.unbind(-3)
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
     k = within(1 - y * y if nonlinearity == "tanh" else (y > 0).to(y.dtype), lengths)
     dh, das = torch.zeros_like(h0), [y] * T
