@@ -14,6 +14,7 @@ Source    (k1, k2): Williams & Peng 1990; e-prop: Bellec et al. 2020; the LSTM o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -101,26 +102,22 @@ class Windows(NamedTuple):
     """The windows of (k1, k2) side by side, as one batch of W·B rows of M steps, all in forward direction."""
 
     rows: Tensor  # M·W·B: which of the T·B rows of a sequence each is
-    lengths: Tensor  # W·B
-    owned: Tensor  # M W B: whether the window owns the step
+    lengths: Tensor | None  # W·B; None where all windows are whole
+    owned: Tensor | None  # M W·B 1: whether the window owns the step and the row has it; None where all are and do
     last: Tensor  # M W B: whether it is the last step of its row, in the window that owns it
     before: Tensor  # W·B: which of the T·B rows of a sequence holds the state that the window starts from
-    initial: int  # how many windows start from h0
+    initial: int  # how many of them start from h0
     W: int
     M: int
-    T: int
     B: int
 
     def take(self, t: Tensor) -> Tensor:
-        """T B · -> M W·B ·, with zeros past the windows' lengths."""
-        taken = t.flatten(0, 1).index_select(0, self.rows).view(self.M, self.W * self.B, t.shape[-1])
-        steps = torch.arange(self.M, device=t.device).unsqueeze(-1)
-        return torch.where((steps < self.lengths).unsqueeze(-1), taken, 0)
+        """T B · -> M W·B ·; past the windows' lengths, some other step."""
+        return t.flatten(0, 1).index_select(0, self.rows).view(self.M, self.W * self.B, t.shape[-1])
 
-    def put(self, t: Tensor) -> Tensor:
-        """Its adjoint, of what is zero past the lengths: M W·B · -> T B ·."""
-        n = t.shape[-1]
-        return t.new_zeros(self.T * self.B, n).index_add(0, self.rows, t.reshape(-1, n)).view(self.T, self.B, n)
+    def put(self, t: Tensor, into: Tensor) -> Tensor:
+        """Its adjoint, of what is zero past the lengths, added to a sequence: M W·B · -> T B ·."""
+        return into.flatten(0, 1).index_add(0, self.rows, t.flatten(0, 1)).view_as(into)
 
     def starts(self, s0: Tensor, s: Tensor) -> Tensor:
         """The states that the windows start from, cut off from what led to them, but for s0: W·B ·."""
@@ -133,19 +130,26 @@ class Windows(NamedTuple):
 
     def owned_only(self, t: Tensor) -> Tensor:
         """A cotangent of the windows' steps, M W·B ·, where the window owns the step; else zero."""
-        return torch.where(self.owned.view(self.M, -1, 1), t, 0)
+        return t if self.owned is None else torch.where(self.owned, t, 0)
 
     def at_last(self, t: Tensor) -> Tensor:
         """The cotangent of a last state, B ·, at the step that made it: M W·B ·."""
         return torch.where(self.last.unsqueeze(-1), t, 0).flatten(1, 2)
 
 
-def windows(T: int, B: int, k1: int, k2: int, lengths: Tensor | None, reverse: bool, device: torch.device) -> Windows:
-    """The windows of a sequence of T steps and B rows."""
-    W = -(-T // k1)
-    M = min(k2, W * k1)
+def windows(x: Tensor, k1: int, k2: int, lengths: Tensor | None, reverse: bool, group: int = 0) -> Iterator[Windows]:
+    """The windows of a sequence like x, T B ·; so many at a time, or all at once."""
+    W = -(-x.shape[0] // k1)
+    for lo in range(0, W, group or W):
+        yield _windows(x, k1, k2, lengths, reverse, lo, min(W, lo + (group or W)))
+
+
+def _windows(x: Tensor, k1: int, k2: int, lengths: Tensor | None, reverse: bool, lo: int, hi: int) -> Windows:
+    """The windows lo … hi - 1."""
+    T, B, device = x.shape[0], x.shape[1], x.device
+    M = min(k2, hi * k1)
     n = torch.full((B,), T, device=device) if lengths is None else lengths
-    w = torch.arange(W, device=device)
+    w = torch.arange(lo, hi, device=device)
     begin, end = ((w + 1) * k1 - k2).clamp(min=0), (w + 1) * k1  # W
     step = begin + torch.arange(M, device=device).unsqueeze(-1)  # M W: counted from the row's first
     owned = (step >= w * k1) & (step < end)
@@ -155,7 +159,10 @@ def windows(T: int, B: int, k1: int, k2: int, lengths: Tensor | None, reverse: b
         at = n - 1 - step.unsqueeze(-1) if reverse else step.unsqueeze(-1).expand(*step.shape, B)
         return (at.clamp(0, T - 1) * B + row).flatten()
 
-    inside = (torch.minimum(end.unsqueeze(-1), n) - begin.unsqueeze(-1)).clamp(min=0).flatten()
     last = owned.unsqueeze(-1) & (step.unsqueeze(-1) == n - 1)
-    owned = owned.unsqueeze(-1).expand(M, W, B)
-    return Windows(place(step), inside, owned.contiguous(), last, place(begin - 1), min(W, k2 // k1), W, M, T, B)
+    common = place(begin - 1), max(0, min(hi, k2 // k1) - lo), hi - lo, M, B
+    if lengths is None and k1 == k2 and hi * k1 <= T:
+        return Windows(place(step), None, None, last, *common)
+    inside = (torch.minimum(end.unsqueeze(-1), n) - begin.unsqueeze(-1)).clamp(min=0)  # W B
+    there = torch.arange(M, device=device).view(M, 1, 1) < inside
+    return Windows(place(step), inside.flatten(), (owned.unsqueeze(-1) & there).view(M, -1, 1), last, *common)

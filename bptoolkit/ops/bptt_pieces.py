@@ -126,7 +126,7 @@ def of_empty(d: Tensor | None, dn: Tensor | None, lengths: Tensor | None) -> Ten
     return d + torch.where((lengths == 0).unsqueeze(-1), dn, 0)
 
 
-def _added(a: Any, b: Any) -> Any:
+def added(a: Any, b: Any) -> Any:
     return b if a is None else a if b is None else a + b
 
 
@@ -169,7 +169,7 @@ def behind(job: Job, pieces: Pieces, lo: int, kept: list[Kept], dy: Any, dh: Any
             part, dh, dc, more = go_back(job, need, True, lo, hi, h, c, steps, dy, dh, dc)
             if dx is not None:
                 dx[job.at(lo, hi)[0]] = part
-            dw[:] = map(_added, dw, more)
+            dw[:] = map(added, dw, more)
         else:
             dh, dc = behind(job, p.again, lo, ahead(job, p.again, lo, h, c), dy, dh, dc, need, dx, dw)
         del h, c, steps

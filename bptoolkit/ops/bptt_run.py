@@ -11,6 +11,7 @@ Letters   see `recurrent`; inputs x h0 c0 wi wh b bh wr lengths s, of which a ce
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from torch.nn import functional as F
 from bptoolkit.function import Rule
 from bptoolkit.op import Op
 from bptoolkit.opaque import Opaque
-from bptoolkit.ops.bptt import factors, seeds_of, truncation, windows
-from bptoolkit.ops.bptt_pieces import Core, Job, behind, go_back, kept_by_forward, of_empty, plan_of, run_plan
+from bptoolkit.ops.bptt import Windows, factors, seeds_of, truncation, windows
+from bptoolkit.ops.bptt_pieces import Core, Job, added, behind, go_back, kept_by_forward, of_empty, plan_of, run_plan
 from bptoolkit.ops.bptt_plan import check_save, every
 from bptoolkit.ops.recurrent import before, last, within
 
@@ -29,24 +30,25 @@ INPUTS = "x h0 c0 wi wh b bh wr lengths s"
 PARTS = 8  # of the inputs, those with a gradient
 
 
-def through_windows(job: Job, need: Any, fast: bool, k1: int, k2: int, h0: Any, c0: Any, steps: Any, dy: Any, dcn: Any) -> Any:
-    """The windows of (k1, k2), all at once. `steps` are the states and gates of the whole sequence; G may be missing."""
-    core, (wi, wh, b, bh, wr), (T, B, _) = job.core, job.weights, job.x.shape
-    w, (y, c, G) = windows(T, B, k1, k2, job.lengths, job.reverse, job.x.device), steps
-    x, h = w.take(job.x), w.starts(h0, y)
-    s = None if c0 is None else w.starts(c0, c)
+def through_windows(job: Job, need: Any, fast: bool, w: Windows, h0: Any, c0: Any, steps: Any, dy: Any, dcn: Any) -> Any:
+    """Back through windows of (k1, k2), side by side. `steps` are the states and gates of the whole sequence.
+
+    Returns:
+        The gradient of x in the windows; those of h0, c0 and the weights.
+    """
+    core, (wi, wh, b, bh, wr), (y, c, G) = job.core, job.weights, steps
+    x, h, s = w.take(job.x), w.starts(h0, y), None if c0 is None else w.starts(c0, c)
     dyw, dc = w.owned_only(w.take(dy)), None if dcn is None else w.at_last(dcn)
     if fast:
         y, c = w.take(y), None if c is None else w.take(c)
-        hp = before(h, y, w.lengths, False)
-        G = w.take(G) if G is not None else core.gates and within(core.gates(x, hp, wi, wh, b, bh), w.lengths)
+        G = w.take(G) if G is not None else core.gates and core.gates(x, before(h, y, w.lengths, False), wi, wh, b, bh)
+        G = within(G, w.lengths)
     else:
         y, c, G = core.loop(F.linear(x, wi, b), h, s, wh, bh, wr, w.lengths, None, False, False)
-        hp = before(h, y, w.lengths, False)
     da, dh, ds = core.back(fast, dyw, dc, G, y, c, h, s, wh, wr, w.lengths, None, False, False)
+    hp = before(h, y, w.lengths, False)
     dx, *dw = core.products(need, dyw, da, x, hp, c, G, wi, wh, wr, None, False, False)
-    dx = None if dx is None else w.put(dx)
-    return dx, w.of_start(dh), None if ds is None else of_empty(w.of_start(ds), dcn, job.lengths), dw
+    return dx, w.of_start(dh), None if ds is None else w.of_start(ds), dw
 
 
 def backward_operator(core: Core) -> Opaque:
@@ -85,7 +87,9 @@ def backward_operator(core: Core) -> Opaque:
         if k1:
             fixed = [None if t is None else t.detach() for t in (pre, h0, c0, wh, bh, wr)]
             steps = core.loop(*fixed, lengths, None, reverse, False)
-            found = through_windows(job, _need(need), False, k1, k2, h0, c0, steps, dy, dcn)
+            (w,) = windows(x, k1, k2, lengths, reverse)
+            dx, dh, dc, dw = through_windows(job, _need(need), False, w, h0, c0, steps, dy, dcn)
+            found = None if dx is None else w.put(dx, torch.zeros_like(x)), dh, of_empty(dc, dcn, lengths), dw
         else:
             steps = core.loop(pre, h0, c0, wh, bh, wr, lengths, xi, reverse, cut)
             found = go_back(job, _need(need), False, 0, T, h0, c0, steps, dy, None, dcn)
@@ -114,7 +118,13 @@ def backward_operator(core: Core) -> Opaque:
             dh, dc = behind(job, pieces, 0, kept, dy, None, dcn, wants, dx, dw)
             return _in_order(x, need, (dx, dh, dc, dw))
         if k1:
-            return _in_order(x, need, through_windows(job, wants, True, k1, k2, h0, c0, steps, dy, dcn))
+            dx, dh, dc, dw = torch.zeros_like(x) if wants.x else None, None, None, [None] * 5
+            group = math.isqrt(-(-T // k1))  # what is copied for the windows is a small part of the whole
+            for w in windows(x, k1, k2, lengths, reverse, group):
+                part, h, c, more = through_windows(job, wants, True, w, h0, c0, steps, dy, dcn)
+                dx = None if dx is None else w.put(part, dx)
+                dh, dc, dw = added(dh, h), added(dc, c), list(map(added, dw, more))
+            return _in_order(x, need, (dx, dh, of_empty(dc, dcn, lengths), dw))
         return _in_order(x, need, go_back(job, wants, True, 0, T, h0, c0, steps, dy, None, dcn))
 
     def fake(dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, y, H, C, G, need, reverse, memory, k1, k2, p, cut):
