@@ -132,11 +132,11 @@ def case(draw: Any, gates: int, states: int, projections: bool = False) -> tuple
             weights += [draw.tensor(gates * H, scale=scale) for _ in range(2 * bias)]
             weights += [draw.tensor(P, H, scale=scale)] if "proj_size" in kwargs else []
     kwargs["save"] = draw.choice(("gates", "outputs"))
-    if draw.random.random() < 0.25:
+    if draw.random.random() < 0.15:
         kwargs["save"] = draw.choice(("sparse", "segments", 1 << 20, 1))
         if kwargs["save"] == 1:  # the least budget there is
             kwargs["save"] = _least(gates, states, T, B if batched else 1, H, P, draw)
-    if draw.random.random() < 0.25:
+    if draw.random.random() < 0.15:
         k = draw.size(1, 3)
         seed = draw.integers(-(1 << 31), 1 << 31, 2).to(torch.int32)
         kwargs["truncate"] = draw.choice((k, (k, k + 1), (1, 3), "eprop", ARTBP(0.4, seed)))
