@@ -90,7 +90,7 @@ def bptt_plan(
     """
     if cell not in CELLS:
         raise ValueError(f"bptt_plan: cell={cell!r} is not known; choose {', '.join(map(repr, CELLS))}")
-    check_save("bptt_plan", save)
+    check_saving("bptt_plan", save)
     P = proj_size or H
     a, b = sizes_of(cell, B, H, P, dtype.itemsize)
     if save in ("gates", "outputs"):
@@ -104,7 +104,7 @@ def bptt_plan(
     return Plan(pieces, sum(a if p.again is not None else b * p.steps for p in without_end(pieces)), peak, run - T)
 
 
-def check_save(op: str, save: Any) -> None:
+def check_saving(op: str, save: Any) -> None:
     """Raise unless save is a known mode or a number of bytes."""
     if isinstance(save, str) and save in ("gates", "outputs", "sparse", "segments"):
         return

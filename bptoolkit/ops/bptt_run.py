@@ -23,7 +23,7 @@ from bptoolkit.op import Op
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops.bptt import Windows, factors, seeds_of, truncation, windows
 from bptoolkit.ops.bptt_pieces import Core, Job, added, behind, go_back, kept_by_forward, of_empty, plan_of, run_plan
-from bptoolkit.ops.bptt_plan import check_save, every
+from bptoolkit.ops.bptt_plan import check_saving, every
 from bptoolkit.ops.recurrent import before, last, within
 
 INPUTS = "x h0 c0 wi wh b bh wr lengths s"
@@ -228,7 +228,7 @@ class Way:
     """
 
     def __init__(self, op: Op, made: Rules, save: Any, truncate: Any, backend: str, like: Tensor, n: int) -> None:
-        check_save(op.name, save)
+        check_saving(op.name, save)
         self.op, self.made, self.save, self.backend = op, made, save, backend
         self.how = truncation(op.name, truncate)
         own = truncate is None and (save in ("gates", "outputs") or (save == "sparse" and made.core.cells is None))

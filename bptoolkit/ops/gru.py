@@ -122,6 +122,7 @@ def gru(
         truncate: how far gradients go back: None, to the beginning; (k1, k2), the losses of every k1 steps through at most k2
             steps, to the beginning of the window that ends with them; k, (k, k); "eprop", through z h only, not the products
             with weight_hh; ARTBP(p), cut at random, without bias. Losses count once, and the states are those of the forward.
+            With "segments" or a number of bytes, k and (k1, k2) run the whole sequence again at once.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
@@ -165,13 +166,13 @@ def reference(input, hx, weights, **kwargs):
     """The same in plain torch, a step at a time."""
     bias, H = kwargs.get("bias", True), weights[0].shape[0] // 3
 
-    def step(x, states, ws, sent):
-        (h,) = states
-        a, u = F.linear(x, ws[0], ws[2] if bias else None), F.linear(sent, ws[1], ws[3] if bias else None)
+    def step(x, states, ws, h=None):
+        (direct,), h = states, states[0] if h is None else h
+        a, u = F.linear(x, ws[0], ws[2] if bias else None), F.linear(h, ws[1], ws[3] if bias else None)
         (ar, az, an), (ur, uz, un) = a.split(H, -1), u.split(H, -1)
         r, z = torch.sigmoid(ar + ur), torch.sigmoid(az + uz)
         n = torch.tanh(an + r * un)
-        return ((1 - z) * n + z * h,)
+        return ((1 - z) * n + z * direct,)
 
     y, (h,) = recurrent_reference.plain(step, (H,), input, None if hx is None else (hx,), weights, **kwargs)
     return y, h
@@ -185,7 +186,7 @@ def peer(input, hx, weights, save="gates", truncate=None):
 
 def case(draw: Draw) -> Case:
     args, kwargs = recurrent_reference.case(draw, 3, 1)
-    return Case(args, kwargs)
+    return Case(args, recurrent_reference.options(draw, "gru", args, kwargs))
 
 
 def bench(save: str) -> Callable[[Draw], Case]:

@@ -125,6 +125,7 @@ def lstm(
         truncate: how far gradients go back: None, to the beginning; (k1, k2), the losses of every k1 steps through at most k2
             steps, to the beginning of the window that ends with them; k, (k, k); "eprop", c only, not the products with
             weight_hh; ARTBP(p), cut at random, without bias. Losses count once, and the states are those of the forward pass.
+            With "segments" or a number of bytes, k and (k1, k2) run the whole sequence again at once.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
@@ -175,8 +176,8 @@ def reference(input, hx, weights, **kwargs):
     P, bias = kwargs.get("proj_size", 0), kwargs.get("bias", True)
     H = weights[0].shape[0] // 4
 
-    def step(x, states, ws, h):
-        _, c = states
+    def step(x, states, ws, h=None):
+        h, c = states[0] if h is None else h, states[1]
         a = x @ ws[0].mT + h @ ws[1].mT
         i, f, g, o = (a + ws[2] + ws[3] if bias else a).split(H, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -195,7 +196,7 @@ def peer(input, hx, weights, save="gates", truncate=None):
 
 def case(draw: Draw) -> Case:
     args, kwargs = recurrent_reference.case(draw, 4, 2, projections=True)
-    return Case(args, kwargs)
+    return Case(args, recurrent_reference.options(draw, "lstm", args, kwargs))
 
 
 def bench(save: str) -> Callable[[Draw], Case]:

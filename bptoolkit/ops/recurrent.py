@@ -246,6 +246,12 @@ def unpack(packed: PackedSequence, data: Tensor) -> tuple[Tensor, Tensor, Tensor
 # --- checks ---------------------------------------------------------------------------------------------------------------
 
 
+def check_save(op: str, save: str) -> None:
+    """Raise unless save is a known mode."""
+    if save not in ("gates", "outputs"):
+        raise ValueError(f"{op}: save={save!r} is not known; choose 'gates' or 'outputs'")
+
+
 def check_hx(op: str, hx: Any, states: Sequence[str]) -> Any:
     """The initial states as a sequence with a tensor per state, or None."""
     if hx is None:

@@ -12,7 +12,7 @@ from bptoolkit import randomness
 from bptoolkit.ops.bptt import ARTBP
 from bptoolkit.ops.bptt_plan import sizes_of
 
-Step = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor], Sequence[Tensor]]
+Step = Callable[..., Sequence[Tensor]]
 
 
 def plain(
@@ -29,9 +29,10 @@ def plain(
     truncate: Any = None,
     **_: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run `step(x_t, states, weights, h) -> states` over all steps, rows, directions and layers.
+    """Run `step(x_t, states, weights) -> states` over all steps, rows, directions and layers.
 
-    The first of the states is the output; `sizes` are theirs; h is that first state for the product with the recurrent weights.
+    The first of the states is the output; `sizes` are theirs. With truncate="eprop" a step gets h= as well, what it is to
+    multiply by the recurrent weights.
     """
     batched, D = input.dim() == 3, 1 + bidirectional
     x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if batch_first else input
@@ -92,7 +93,7 @@ def _row(
             if mask is not None and s:
                 a = 1 / (1 - truncate.p)
                 states = [torch.where(mask[t], a * h - ((a - 1) * h).detach(), h.detach()) for h in states]
-            states = step(x[t], states, ws, states[0].detach() if truncate == "eprop" else states[0])
+            states = step(x[t], states, ws, **({"h": states[0].detach()} if truncate == "eprop" else {}))
             out.append(states)
         return out
 
@@ -131,15 +132,6 @@ def case(draw: Any, gates: int, states: int, projections: bool = False) -> tuple
             weights += [draw.tensor(gates * H, D * P if layer else I, scale=scale), draw.tensor(gates * H, P, scale=scale)]
             weights += [draw.tensor(gates * H, scale=scale) for _ in range(2 * bias)]
             weights += [draw.tensor(P, H, scale=scale)] if "proj_size" in kwargs else []
-    kwargs["save"] = draw.choice(("gates", "outputs"))
-    if draw.random.random() < 0.15:
-        kwargs["save"] = draw.choice(("sparse", "segments", 1 << 20, 1))
-        if kwargs["save"] == 1:  # the least budget there is
-            kwargs["save"] = _least(gates, states, T, B if batched else 1, H, P, draw)
-    if draw.random.random() < 0.15:
-        k = draw.size(1, 3)
-        seed = draw.integers(-(1 << 31), 1 << 31, 2).to(torch.int32)
-        kwargs["truncate"] = draw.choice((k, (k, k + 1), (1, 3), "eprop", ARTBP(0.4, seed)))
     lead = (B, T) if "batch_first" in kwargs else (T, B)
     x = draw.tensor(*lead, I) if batched else draw.tensor(T, I)
     hx = None
@@ -149,10 +141,21 @@ def case(draw: Any, gates: int, states: int, projections: bool = False) -> tuple
     return (x, hx, weights), kwargs
 
 
-def _least(gates: int, states: int, T: int, B: int, H: int, P: int, draw: Any) -> int:
-    """The least budget in bytes that a layer can do with."""
-    a, b = sizes_of({4: "lstm", 3: "gru", 1: "rnn"}[gates], B, H, P, draw.dtype.itemsize)
-    return max(1, min(b * T, a + a * -(-b // max(a, 1))))
+def options(draw: Any, name: str, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Further options of a drawn call of lstm, gru or rnn: what is kept, and truncation; the rarer ways rarely."""
+    saves: tuple[Any, ...] = ("gates", "outputs")
+    if draw.random.random() < 0.15:
+        x, _, weights = args
+        B = 1 if x.dim() == 2 else x.shape[0 if "batch_first" in kwargs else 1]
+        P = weights[1].shape[1]
+        H = weights[-1].shape[1] if "proj_size" in kwargs else P
+        a, b = sizes_of(name, B, H, P, x.element_size())
+        saves = ("sparse", "segments", 1 << 20, max(1, a + a * -(-b // max(a, 1))))  # and the least budget there is
+    more = {"save": draw.choice(saves)}
+    if draw.random.random() < 0.15:
+        k, seed = draw.size(1, 3), draw.integers(-(1 << 31), 1 << 31, 2).to(torch.int32)
+        more["truncate"] = draw.choice((k, (k, k + 1), (1, 3), "eprop", ARTBP(0.4, seed)))
+    return kwargs | more
 
 
 def wide(draw: Any, gates: int, T: int, B: int, H: int) -> tuple[Any, None, list[Tensor]]:

@@ -236,6 +236,7 @@ def rnn(
         truncate: how far gradients go back: None, to the beginning; (k1, k2), the losses of every k1 steps through at most k2
             steps, to the beginning of the window that ends with them; k, (k, k); "eprop", not at all; ARTBP(p), cut at random,
             without bias. Losses count once, and the states are those of the forward pass.
+            With "segments" or a number of bytes, k and (k1, k2) run the whole sequence again at once.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
@@ -280,7 +281,8 @@ def reference(input, hx, weights, nonlinearity="tanh", **kwargs):
     hx, weights = rest[: -len(weights)] or None, rest[-len(weights) :]
     bias, phi = kwargs.get("bias", True), getattr(torch, nonlinearity)
 
-    def step(x, states, ws, h):
+    def step(x, states, ws, h=None):
+        h = states[0] if h is None else h
         return (phi(F.linear(x, ws[0], ws[2] if bias else None) + F.linear(h, ws[1], ws[3] if bias else None)),)
 
     y, (h,) = recurrent_reference.plain(step, (weights[0].shape[0],), input, hx, weights, **kwargs)
@@ -296,6 +298,7 @@ def peer(input, hx, weights, nonlinearity="tanh", save="gates", truncate=None):
 
 def case(draw: Draw) -> Case:
     args, kwargs = recurrent_reference.case(draw, 1, 1)
+    kwargs = recurrent_reference.options(draw, "rnn", args, kwargs)
     return Case(args, kwargs | {"nonlinearity": draw.choice(("tanh", "relu"))})
 
 
