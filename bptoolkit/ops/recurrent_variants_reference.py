@@ -59,10 +59,7 @@ def plain(
             for t in range(T - 1, -1, -1) if d else range(T):
                 u, v = (kx * torch.where(there[t], x[t], 0)) @ w["wi"].T, (kh * h) @ w["wh"].T
                 if "gain_ih" in w:
-                    u, v = (
-                        F.layer_norm(u, (4 * H,), w["gain_ih"], None, eps),
-                        F.layer_norm(v, (4 * H,), w["gain_hh"], None, eps),
-                    )
+                    u, v = normalised(u, w["gain_ih"], eps), normalised(v, w["gain_hh"], eps)
                 i, f, g, o = (u + v + (w["bi"] + w["bh"] if bias else 0)).split(H, -1)
                 if "weight_ch" in w:
                     pi, pf, po = w["weight_ch"].split(H)
@@ -70,7 +67,7 @@ def plain(
                 new = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g) * kg[t]
                 if "weight_ch" in w:
                     o = o + po * new
-                seen = F.layer_norm(new, (H,), w["gain_c"], w.get("bias_c"), eps) if "gain_c" in w else new
+                seen = normalised(new, w["gain_c"], eps) + w.get("bias_c", 0) if "gain_c" in w else new
                 h = torch.where(there[t], zh[t] * h + (1 - zh[t]) * torch.sigmoid(o) * torch.tanh(seen), h)
                 c = torch.where(there[t], zc[t] * c + (1 - zc[t]) * new, c)
                 ys[t] = torch.where(there[t], h, 0)
@@ -92,3 +89,9 @@ def kept(seed: Tensor | None, rates: Sequence[float], which: int, like: Tensor, 
         return like.new_ones(()).expand(shape)
     mask = randomness.keep(stream(seed, which), shape, p).to(like.dtype)
     return mask / (1 - p) if scaled and p < 1 else mask
+
+
+def normalised(v: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Layer normalisation without a shift; the third derivatives of `F.layer_norm` are wrong."""
+    mean = v.mean(-1, keepdim=True)
+    return gain * (v - mean) / ((v - mean).pow(2).mean(-1, keepdim=True) + eps).sqrt()
