@@ -223,17 +223,18 @@ class Way:
         op: the op.
         made: the rules of its cell.
         save, truncate, backend: as in the public function.
-        like: a tensor on the device of the call.
+        weights: of the call; `sequence` checks them.
         n: how many layers and directions there are.
     """
 
-    def __init__(self, op: Op, made: Rules, save: Any, truncate: Any, backend: str, like: Tensor, n: int) -> None:
+    def __init__(self, op: Op, made: Rules, save: Any, truncate: Any, backend: str, weights: Any, n: int) -> None:
         check_saving(op.name, save)
         self.op, self.made, self.save, self.backend = op, made, save, backend
         self.how = truncation(op.name, truncate)
         own = truncate is None and (save in ("gates", "outputs") or (save == "sparse" and made.core.cells is None))
         self.own = own or not torch.is_grad_enabled()  # the op's own rules do
-        self.seeds = [] if self.own else seeds_of(truncate, like, n)
+        there = isinstance(weights, (list, tuple)) and len(weights) > 0
+        self.seeds = seeds_of(truncate, weights[0], n) if there and not self.own else []
 
     def run(self, reverse: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         """One layer in one direction, of x h0 c0 wi wh b bh wr lengths: y and the last cell."""

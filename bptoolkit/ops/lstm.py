@@ -135,7 +135,7 @@ def lstm(
         ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
         TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
     """
-    way = Way(OP, MADE, save, truncate, backend, weights[0], num_layers * (1 + bidirectional))
+    way = Way(OP, MADE, save, truncate, backend, weights, num_layers * (1 + bidirectional))
     rule = GATES if save == "gates" and torch.is_grad_enabled() else OUTPUTS
 
     def cell(x, start, ws, lengths, reverse):

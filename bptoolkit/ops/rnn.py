@@ -248,7 +248,7 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity={nonlinearity!r} is not known; choose 'tanh' or 'relu'")
-    way = Way(OP, MADE[nonlinearity], save, truncate, backend, weights[0], num_layers * (1 + bidirectional))
+    way = Way(OP, MADE[nonlinearity], save, truncate, backend, weights, num_layers * (1 + bidirectional))
 
     def cell(x, start, ws, lengths, reverse):
         (h0,), b = start, ws[2] + ws[3] if bias else None

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import bptoolkit as bp
-from bptoolkit.ops import gru, lstm, rnn
+from bptoolkit.ops import gru_loops, lstm_loops, rnn
 from bptoolkit.ops.recurrent import within
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
@@ -130,29 +130,31 @@ def loops():
     for reverse in (False, True):
         for ragged in (False, True):
             for keep in (True, False):
-                yield lstm.LOOP, ["T4", "b", "b", "w4", None, ragged], (reverse, keep)
-                yield lstm.LOOP, ["T4", "p", "b", "w4p", "wr", ragged], (reverse, keep)
-                yield gru.LOOP, ["T3", "b", "w3", "bias", ragged], (reverse, keep)
-                yield gru.LOOP, ["T3", "b", "w3", None, ragged], (reverse, keep)
+                yield lstm_loops.LOOP, ["T4", "b", "b", "w4", None, ragged], (reverse, keep)
+                yield lstm_loops.LOOP, ["T4", "p", "b", "w4p", "wr", ragged], (reverse, keep)
+                yield gru_loops.LOOP, ["T3", "b", "w3", "bias", ragged], (reverse, keep)
+                yield gru_loops.LOOP, ["T3", "b", "w3", None, ragged], (reverse, keep)
             for name in ("tanh", "relu"):
                 yield rnn.LOOP, ["T1", "b", "w1", ragged], (reverse, name)
-                yield rnn.BPTT, ["T1", "T1", "b", "w1", ragged], (reverse, name)
-            for dc in ("T1", None):
-                yield lstm.BPTT, ["T1", dc, None, "T4", "T1", "b", "w4", None, ragged], (reverse,)
-                yield lstm.BPTT, ["Tp", dc, None, "T4", "T1", "b", "w4p", "wr", ragged], (reverse,)
-            yield lstm.BPTT, [None, "T1", None, "T4", "T1", "b", "w4", None, ragged], (reverse,)
-            yield gru.BPTT, ["T1", None, "T4", "T1", "b", "w3", ragged], (reverse,)
+            for xi, cut in ((None, False), (None, True), ("xi", False)):  # whole, without the products of h, ARTBP
+                for name in ("tanh", "relu"):
+                    yield rnn.BPTT, ["T1", "T1", "b", "w1", ragged], (xi, reverse, name, cut)
+                for dc in ("T1", None):
+                    yield lstm_loops.BPTT, ["T1", dc, None, "T4", "T1", "b", "w4", None, ragged], (xi, reverse, cut)
+                    yield lstm_loops.BPTT, ["Tp", dc, None, "T4", "T1", "b", "w4p", "wr", ragged], (xi, reverse, cut)
+                yield lstm_loops.BPTT, [None, "T1", None, "T4", "T1", "b", "w4", None, ragged], (xi, reverse, cut)
+                yield gru_loops.BPTT, ["T1", None, "T4", "T1", "b", "w3", ragged], (xi, reverse, cut)
 
 
 SHAPES = {"b": (B, H), "p": (B, P), "w1": (H, H), "w3": (3 * H, H), "w4": (4 * H, H), "w4p": (4 * H, P), "wr": (P, H)}
-SHAPES |= {"bias": (1, 3 * H), "Tp": (T, B, P), "T1": (T, B, H), "T3": (T, B, 3 * H), "T4": (T, B, 4 * H)}
+SHAPES |= {"bias": (1, 3 * H), "Tp": (T, B, P), "T1": (T, B, H), "T3": (T, B, 3 * H), "T4": (T, B, 4 * H), "xi": (T, B, 1)}
 
 
 @pytest.mark.parametrize("batched", ["none", "shared weights", "own weights", "twice"])
 @pytest.mark.parametrize("chunk", [1, 1 << 18])
 def test_fast_loops_equal_the_readable_ones(batched, chunk, monkeypatch):
     """In place and in chunks, also with samples folded into the batch: what the operator runs is what derivatives are of."""
-    for m in (lstm, gru):
+    for m in (lstm_loops, gru_loops):
         monkeypatch.setattr(m, "CHUNK", chunk)
     V = {"none": (), "twice": (2, 3)}.get(batched, (3,))
     for k, (op, kinds, options) in enumerate(loops()):
@@ -169,7 +171,7 @@ def test_fast_loops_equal_the_readable_ones(batched, chunk, monkeypatch):
             t = torch.rand(*V, *SHAPES[kind], generator=generator, dtype=F64)
             return within(t, lengths) if kind[0] == "T" else t
 
-        args = [*map(tensor, kinds[:-1]), lengths, *options]
+        args = [*map(tensor, kinds[:-1]), lengths, *(tensor("xi") if o == "xi" else o for o in options)]
         got, want = op.op(*args), op.loop(*args)
         close(got, want)
         fake = op.fake(*args)
