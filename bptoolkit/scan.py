@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from bptoolkit.function import in_graph
-from bptoolkit.ops.recurrent import check_lengths, order, unpack
+from bptoolkit.ops.recurrent import check_lengths, order, repack, unpack
 from bptoolkit.scan_loops import KEYS, Bptt, Ranks, Recorder
 from bptoolkit.shapes import check_floating
 
@@ -184,8 +184,7 @@ class Scan:
         if packed is not None:
             if packed.unsorted_indices is not None:
                 ends = [e.index_select(0, packed.unsorted_indices) for e in ends]
-            data = y.reshape(y.shape[0] * y.shape[1], *y.shape[2:]).index_select(0, index)
-            y = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+            y = repack(packed, y, index)
         return y, ends[0] if isinstance(state, Tensor) else tuple(ends)
 
     def plain(

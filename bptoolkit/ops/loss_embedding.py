@@ -62,28 +62,7 @@ def cosine_backward(dl, a, b, y, m, reduction, need):
     return da, db, torch.zeros_like(y.squeeze(-1)) if need.y else None
 
 
-def distance_forward(x, y, q, eps):
-    n = torch.linalg.vector_norm(wide(x) - wide(y) + eps, q, -1, keepdim=True)  # wide: backward divides by it
-    return n.squeeze(-1)  # torch 2.11 keeps a size of 1 on meta without keepdim
-
-
-def distance_backward(dn, x, y, n, q, eps, need):
-    e, n, dn = wide(x) - wide(y) + eps, wide(n).unsqueeze(-1), wide(dn).unsqueeze(-1)
-    if q == inf:
-        at = (e.abs() == e.abs().amax(-1, keepdim=True)).to(e.dtype)
-        de = dn * e.sign() * at / at.sum(-1, keepdim=True)
-    elif q == 1:
-        de = dn * e.sign()
-    else:
-        zero = n == 0
-        n = torch.where(zero, 1.0, n)
-        de = torch.where(zero, 0.0, dn * (e / n if q == 2 else e.sign() * (e.abs() / n).pow(q - 1)))
-    de = de.to(x.dtype)
-    return de if need.x else None, -de if need.y else None
-
-
 COSINE_RULE = Rule("cosine_embedding_loss", cosine_forward, cosine_backward, inputs="a b y", outputs="l")
-DISTANCE_RULE = Rule("margin_distance", distance_forward, distance_backward, inputs="x y", outputs="n")
 
 
 # --- the public functions -----------------------------------------------------------------------------------------------------

@@ -27,9 +27,8 @@ from bptoolkit import randomness
 from bptoolkit.cases import Case, Draw
 from bptoolkit.op import LOW, Op
 from bptoolkit.ops import recurrent_reference, recurrent_variants_reference
-from bptoolkit.ops.recurrent import Layout, cast, last, sequence
+from bptoolkit.ops.recurrent import Layout, last, sequence
 from bptoolkit.ops.recurrent_variants import CANDIDATE, INPUT, RULE, STATE, ZONE_C, ZONE_H
-from bptoolkit.shapes import check_alike, check_floating
 
 Rate = float | tuple[float, float]
 PEEPHOLES: Mapping[str, int] = {"weight_ch": 3}  # the further weights of a layer in a direction, in multiples of H
@@ -40,6 +39,10 @@ def further(op: str, bias: bool) -> dict[str, int]:
     """The further weights of an op."""
     all_ = PEEPHOLES if op == "peephole_lstm" else NORMS if op == "layer_norm_lstm" else {}
     return {name: n for name, n in all_.items() if bias or name != "bias_c"}
+
+
+def layout_of(op: str, num_layers: int, bidirectional: bool, batch_first: bool, bias: bool, dropout: float) -> Layout:
+    return Layout(num_layers, bidirectional, batch_first, bias, dropout, further=tuple(further(op, bias).items()))
 
 
 def rates_of(op: str, zoneout: Rate, recurrent_dropout: float, variational_dropout: Rate) -> tuple[float, ...]:
@@ -73,49 +76,20 @@ def run(
     backend: str,
     eps: float = 0.0,
 ) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """What the three functions have in common: `sequence`, with the further weights and a seed handed to each cell."""
-    plain, groups = parted(op.name, weights, layout)
-    x = input.data if isinstance(input, PackedSequence) else input
-    left = iter([cast(op, x, None, group, False)[2] for group in groups])
-    names = tuple(further(op.name, layout.bias))
-    random = training and any(rates)
+    """What the three functions have in common: `sequence`, with a seed for each cell."""
+    names, random = layout.names, training and any(rates)
 
     def cell(x, start, ws, lengths, reverse):
-        (h0, c0), more = start, dict(zip(names, next(left)))
-        b = ws[2] + ws[3] if layout.bias else None
-        norms = [more.get(name) for name in (*PEEPHOLES, *NORMS)]
+        (h0, c0), of = start, dict(zip(names, ws))
+        b = of["bias_ih"] + of["bias_hh"] if layout.bias else None
+        further = [of.get(name) for name in (*PEEPHOLES, *NORMS)]
         seed = randomness.draw_seed(x) if random else None
-        args = (x, h0, c0, ws[0], ws[1], b, *norms, seed, lengths, reverse, rates, float(eps))
+        args = (x, h0, c0, of["weight_ih"], of["weight_hh"], b, *further, seed, lengths, reverse, rates, float(eps))
         y, c = RULE(*args, backend=op.pick(RULE, backend, *args))
         return y, (last(h0, y, lengths, reverse), last(c0, c, lengths, reverse))
 
-    output, (h, c) = sequence(op, cell, 4, ("h_0", "c_0"), input, hx, plain, layout, lengths)
+    output, (h, c) = sequence(op, cell, 4, ("h_0", "c_0"), input, hx, weights, layout, lengths)
     return output, (h, c)
-
-
-def parted(op: str, weights: Any, layout: Layout) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The weights that every LSTM has, in one list, and the further ones, checked, a list per layer and direction."""
-    names, n, count = further(op, layout.bias), len(layout.names), layout.num_layers * layout.directions
-    per = n + len(names)
-    if not isinstance(weights, (tuple, list)):
-        raise TypeError(f"{op}: weights must be a list of tensors, not {type(weights).__name__}")
-    if len(weights) != count * per:
-        raise ValueError(
-            f"{op}: weights has {len(weights)} tensors; {layout.num_layers} layers in {layout.directions} directions, with "
-            f"{', '.join((*layout.names, *names))} each, need {count * per}"
-        )
-    cells = [weights[k * per : (k + 1) * per] for k in range(count)]
-    for k, ws in enumerate(cells):
-        layer, d = divmod(k, layout.directions)
-        for (part, multiple), w in zip(names.items(), ws[n:]):
-            name = f"{part}_l{layer}" + "_reverse" * d
-            check_floating(op, name, w)
-            check_floating(op, "weight_ih_l0", weights[0])
-            check_alike(op, "weight_ih_l0", weights[0], name, w)
-            wanted = (multiple * (weights[0].shape[0] // 4),)
-            if tuple(w.shape) != wanted:
-                raise ValueError(f"{op}: {name} has shape {tuple(w.shape)}; it needs {wanted}")
-    return [w for ws in cells for w in ws[:n]], [list(ws[n:]) for ws in cells]
 
 
 def peephole_lstm(
@@ -162,7 +136,7 @@ def peephole_lstm(
         ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
         TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
     """
-    layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
+    layout = layout_of("peephole_lstm", num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
     rates = rates_of("peephole_lstm", zoneout, recurrent_dropout, variational_dropout)
     return run(PEEPHOLE, input, hx, weights, layout, rates, training, lengths, backend)
 
@@ -192,7 +166,7 @@ def layer_norm_lstm(
             whose shifts are bias_ih and bias_hh, and gain_c (H) and, if bias, bias_c (H) of that of the cell.
         eps: added to the variances.
     """
-    layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
+    layout = layout_of("layer_norm_lstm", num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
     rates = rates_of("layer_norm_lstm", zoneout, recurrent_dropout, variational_dropout)
     return run(LAYER_NORM, input, hx, weights, layout, rates, training, lengths, backend, eps)
 
@@ -219,7 +193,7 @@ def zoneout_lstm(
     Args:
         weights: those of torch.nn.LSTM.
     """
-    layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
+    layout = layout_of("zoneout_lstm", num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
     rates = rates_of("zoneout_lstm", zoneout, recurrent_dropout, variational_dropout)
     return run(ZONEOUT, input, hx, weights, layout, rates, training, lengths, backend)
 

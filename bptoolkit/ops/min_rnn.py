@@ -33,10 +33,11 @@ from bptoolkit.function import Rule
 from bptoolkit.op import LOW, Op
 from bptoolkit.ops import recurrent_reference
 from bptoolkit.ops.linear_recurrence import _first, _standing, scan, times_before
-from bptoolkit.ops.min_rnn_checks import ACTIVATIONS, BLOCKS, check, check_options
-from bptoolkit.ops.recurrent import cast, check_lengths, check_save, last, over_time, unpack, within
+from bptoolkit.ops.recurrent import Layout, check_save, last, over_time, sequence, within
 from bptoolkit.precision import wide
-from bptoolkit.shapes import check_floating
+
+BLOCKS = {"min_gru": 2, "min_lstm": 3}
+ACTIVATIONS = ("g", "identity", "tanh")
 
 # --- the maths ------------------------------------------------------------------------------------------------------------
 
@@ -160,14 +161,8 @@ def min_gru(
         ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
         TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
     """
-    options: dict[str, Any] = {
-        "num_layers": num_layers,
-        "bidirectional": bidirectional,
-        "batch_first": batch_first,
-        "bias": bias,
-    }
-    options |= {"dropout": dropout if training else 0.0, "activation": activation, "save": save, "backend": backend}
-    return _sequence(GRU_OP, input, hx, weights, lengths, **options)
+    layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0, recurrent=False)
+    return _sequence(GRU_OP, input, hx, weights, layout, lengths, activation, save, backend)
 
 
 def min_lstm(
@@ -187,14 +182,8 @@ def min_lstm(
     backend: str = "auto",
 ) -> tuple[Any, Tensor]:
     """A whole sequence through a minLSTM, its gates normalised; arguments and errors as `min_gru`."""
-    options: dict[str, Any] = {
-        "num_layers": num_layers,
-        "bidirectional": bidirectional,
-        "batch_first": batch_first,
-        "bias": bias,
-    }
-    options |= {"dropout": dropout if training else 0.0, "activation": activation, "save": save, "backend": backend}
-    return _sequence(LSTM_OP, input, hx, weights, lengths, **options)
+    layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0, recurrent=False)
+    return _sequence(LSTM_OP, input, hx, weights, layout, lengths, activation, save, backend)
 
 
 def _sequence(
@@ -202,60 +191,25 @@ def _sequence(
     input: Any,
     hx: Any,
     weights: Any,
+    layout: Layout,
     lengths: Any,
-    *,
-    bidirectional: bool,
-    batch_first: bool,
+    activation: str,
+    save: str,
     backend: str,
-    **options: Any,
 ) -> tuple[Any, Tensor]:
-    """All layers and directions."""
-    name, num_layers, bias, D = op.name, options["num_layers"], options["bias"], 1 + bidirectional
-    activation, dropout, per = options["activation"], options["dropout"], 1 + options["bias"]
-    check_save(name, options["save"])
-    packed = input if isinstance(input, PackedSequence) else None
-    check_options(name, num_layers, D, per, dropout, activation, hx, weights)
-    x: Any = input if packed is None else packed.data
-    x, hx, weights = cast(op, x, None if hx is None else (hx,), weights, False)
-    index = None
-    check_floating(name, "input", x)
-    if packed is not None:
-        if lengths is not None:
-            raise ValueError(f"{name}: a PackedSequence has its lengths in it; leave lengths out")
-        x, lengths, index = unpack(packed, x)
-        batch_first = False
-    H = check(name, x, None if hx is None else hx[0], weights, num_layers, D, per, batch_first)
-    batched = x.dim() == 3
-    x = x.unsqueeze(1) if not batched else x.transpose(0, 1) if batch_first else x  # T B I
-    h0 = x.new_zeros(num_layers * D, x.shape[1], H) if hx is None else hx[0] if batched else hx[0].unsqueeze(1)
-    if packed is not None and packed.sorted_indices is not None:
-        h0 = h0.index_select(1, packed.sorted_indices)
-    if lengths is not None:
-        lengths = check_lengths(name, lengths, x, batched).to(x.device)
-    rule = GATES if options["save"] == "gates" and torch.is_grad_enabled() else OUTPUTS
-    finals = []
-    for layer in range(num_layers):
-        outputs = []
-        for d in range(D):
-            k = layer * D + d
-            w, b = weights[k * per], weights[k * per + 1] if bias else None
-            args = (x, h0[k], w, b, lengths, d == 1, name, activation)
-            out = rule(*args, backend=op.pick(rule, backend, *args))
-            h = out if isinstance(out, Tensor) else out[0]
-            outputs.append(h)
-            finals.append(last(h0[k], h, lengths, d == 1))
-        x = outputs[0] if D == 1 else torch.cat(outputs, -1)  # T B D·H
-        if dropout and layer < num_layers - 1:
-            x = F.dropout(x, dropout)
-    h_n = torch.stack(finals)
-    if packed is not None:
-        data = x.reshape(x.shape[0] * x.shape[1], x.shape[2]).index_select(0, index)
-        if packed.unsorted_indices is not None:
-            h_n = h_n.index_select(1, packed.unsorted_indices)
-        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
-    if not batched:
-        return x.squeeze(1), h_n.squeeze(1)
-    return x.transpose(0, 1) if batch_first else x, h_n
+    check_save(op.name, save)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op.name}: activation={activation!r} is not known; choose from {', '.join(map(repr, ACTIVATIONS))}")
+    rule = GATES if save == "gates" and torch.is_grad_enabled() else OUTPUTS
+
+    def cell(x, start, ws, lengths, reverse):
+        args = (x, *start, ws[0], ws[1] if layout.bias else None, lengths, reverse, op.name, activation)
+        out = rule(*args, backend=op.pick(rule, backend, *args))
+        h = out if isinstance(out, Tensor) else out[0]
+        return h, (last(start[0], h, lengths, reverse),)
+
+    output, (h,) = sequence(op, cell, BLOCKS[op.name], ("h_0",), input, hx, weights, layout, lengths)
+    return output, h
 
 
 # --- the modules ----------------------------------------------------------------------------------------------------------

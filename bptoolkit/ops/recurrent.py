@@ -122,7 +122,10 @@ def folded(kinds: str, fast: Callable[..., Any], loop: Callable[..., Any]) -> Ca
 
 
 class Layout(NamedTuple):
-    """How the weights are laid out, and what happens between layers."""
+    """How the weights are laid out, and what happens between layers.
+
+    `recurrent`: whether there are weight_hh and bias_hh. `further`: vectors that come after, and their sizes in H.
+    """
 
     num_layers: int
     bidirectional: bool
@@ -130,6 +133,8 @@ class Layout(NamedTuple):
     bias: bool
     dropout: float = 0.0
     proj_size: int = 0
+    recurrent: bool = True
+    further: tuple[tuple[str, int], ...] = ()
 
     @property
     def directions(self) -> int:
@@ -138,8 +143,9 @@ class Layout(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """The weights of one layer in one direction."""
-        biases = ("bias_ih", "bias_hh") if self.bias else ()
-        return ("weight_ih", "weight_hh", *biases, *(("weight_hr",) if self.proj_size else ()))
+        sides = ("ih", "hh") if self.recurrent else ("ih",)
+        names = [f"{kind}_{side}" for kind in (("weight", "bias") if self.bias else ("weight",)) for side in sides]
+        return (*names, *(("weight_hr",) if self.proj_size else ()), *(name for name, _ in self.further))
 
 
 def sequence(
@@ -206,10 +212,9 @@ def sequence(
             x = F.dropout(x, dropout)
     last_states = tuple(torch.stack(f) for f in finals)  # L·D B ·
     if packed is not None:
-        data = x.reshape(x.shape[0] * x.shape[1], x.shape[2]).index_select(0, index)
         if packed.unsorted_indices is not None:
             last_states = tuple(s.index_select(1, packed.unsorted_indices) for s in last_states)
-        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), last_states
+        return repack(packed, x, index), last_states
     if not batched:
         return x.squeeze(1), tuple(s.squeeze(1) for s in last_states)
     return x.transpose(0, 1) if batch_first else x, last_states
@@ -241,6 +246,12 @@ def unpack(packed: PackedSequence, data: Tensor) -> tuple[Tensor, Tensor, Tensor
     index = there.flatten().nonzero().squeeze(-1).to(data.device)
     x = data.new_zeros(T * B, data.shape[-1]).index_copy(0, index, data)
     return x.reshape(T, B, data.shape[-1]), there.sum(0), index
+
+
+def repack(packed: PackedSequence, y: Tensor, index: Tensor) -> PackedSequence:
+    """What `unpack` undid: T B · packed as `packed` is."""
+    data = y.reshape(y.shape[0] * y.shape[1], *y.shape[2:]).index_select(0, index)
+    return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------------
@@ -307,7 +318,8 @@ def check(op: str, x: Tensor, hx: Any, weights: Sequence[Tensor], gates: int, st
         check_floating(op, name, w)
         check_alike(op, "input", x, name, w)
         fan = {"weight_ih": I if layer == 0 else D * P, "weight_hh": P, "weight_hr": H}
-        wanted = (P, H) if part == "weight_hr" else (gates * H, fan[part]) if part in fan else (gates * H,)
+        rows = {"weight_hr": P, **{name: n * H for name, n in layout.further}}.get(part, gates * H)
+        wanted = (rows, fan[part]) if part in fan else (rows,)
         if tuple(w.shape) != wanted:
             raise ValueError(f"{op}: {name} has shape {tuple(w.shape)}; it needs {wanted}")
     time, batch = (1, 0) if layout.batch_first and x.dim() == 3 else (0, 1)

@@ -150,7 +150,7 @@ def test_refusals():
     F, x, w = bp.functional.min_gru, torch.ones(5, 2, 3), torch.ones(8, 3)
     with pytest.raises(ValueError, match=r"weights has 1 tensors; 1 layers in 1 directions, .* need 2"):
         F(x, None, [w])
-    with pytest.raises(ValueError, match=r"weight_ih_l0 has shape \(8, 3\); with input \(5, 2, 4\) it needs \(8, 4\)"):
+    with pytest.raises(ValueError, match=r"input has 4 features \(5, 2, 4\), but weight_ih_l0 \(8, 3\) takes 3"):
         F(torch.ones(5, 2, 4), None, [w], bias=False)
     with pytest.raises(ValueError, match=r"h_0 has shape \(2, 4\); .* needs \(1, 2, 4\)"):
         F(x, torch.ones(2, 4), [w], bias=False)

@@ -367,7 +367,7 @@ def test_errors():
         peephole(x, None, weights[:4])
     with pytest.raises(ValueError, match=r"peephole_lstm: weight_ch_l0 has shape \(5,\); it needs \(15,\)"):
         peephole(x, None, [*weights[:4], draw(5)])
-    with pytest.raises(TypeError, match=r"weight_ch_l0 is torch.float32 but weight_ih_l0 is torch.float64"):
+    with pytest.raises(TypeError, match=r"weight_ch_l0 is torch.float32 but input is torch.float64"):
         peephole(x, None, [*weights[:4], weights[4].float()])
     with pytest.raises(ValueError, match=r"layer_norm_lstm: gain_c_l0 has shape \(20,\); it needs \(5,\)"):
         norm(x, None, [*weights[:4], *(draw(20) for _ in range(4))])
