@@ -6,8 +6,7 @@ Maths     h⁺ = max(h, 0), on = [h ≥ 0] as torch's clamp has it
                             dc = dℓ (− [y = 1] + [y = −1] on), da = dc (b/√(A B) − c a/A), db = dc (a/√(A B) − c b/B)
           triplet_margin    ℓ = (m + |a − p + ε| − |a − n + ε|)⁺, margin_ranking of two distances; with swap the smaller of
                             |a − n + ε| and |p − n + ε|; _with_distance takes any distance instead, differentiated as it is
-          distance          n = (Σ |e|^q)^(1/q), e = x − y + ε    de = dn sign(e) |e|^(q−1) / n^(q−1), 0 at n = 0;
-                            q = ∞: dn sign(e) [|e| = n], shared by ties
+                            distances by pairwise_distance's rule, see `similarity`
 Letters   all per row; m the margin, y the label ±1 of cosine_embedding
 Numerics  half tensors are computed in float32
 Source    Bromley et al. 1993 (cosine_embedding); Schroff et al. 2015, eq. 2 and Balntas et al. 2016, section 3.2 (triplet)
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import inf, prod
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,7 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.ops.loss_hinge import RANKING_RULE, signs
 from bptoolkit.ops.reduction import REDUCTIONS, broadcast, check_reduction, floating, loss_op, reduce, resolve, share
-from bptoolkit.ops.similarity import DISTANCE_RULE as PAIRWISE_RULE
-from bptoolkit.ops.similarity import pairwise_distance
+from bptoolkit.ops.similarity import DISTANCE_RULE, pairwise_distance
 from bptoolkit.precision import wide
 
 EPS = 1e-12
@@ -165,7 +163,7 @@ def triplet_margin_loss(
     backend = TRIPLET_OP.pick(DISTANCE_RULE, backend, a, b)
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
-        return DISTANCE_RULE(x, y, float(p), float(eps), backend=backend)
+        return DISTANCE_RULE(x, y, float(p), float(eps), False, backend=backend)
 
     near, far = distance(a, b), distance(a, c)
     far = torch.minimum(far, distance(b, c)) if swap else far
@@ -324,7 +322,7 @@ TRIPLET_OP = loss_op(
 ANY_TRIPLET_OP = loss_op(
     triplet_margin_with_distance_loss,
     F.triplet_margin_with_distance_loss,
-    (PAIRWISE_RULE, RANKING_RULE),
+    (DISTANCE_RULE, RANKING_RULE),
     TripletMarginWithDistanceLoss,
     "anchor: *A, positive: *P, negative: *N -> *A",
     "Schroff et al. 2015, eq. 2",
