@@ -199,16 +199,9 @@ def _softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None, **kwargs
     return (input, dim), {"dtype": dtype, **kwargs}
 
 
-def _normalized(
-    input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
-) -> Any:
-    return (input, shape, weight, bias, eps), {}
-
-
-def _grouped(
-    input: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
-) -> Any:
-    return (input, groups, weight, bias, eps), {}
+def _normalized(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Without the last argument of torch's, which is about cuDNN."""
+    return (input, *args[:4]), {k: v for k, v in kwargs.items() if not k.startswith("cudnn")}
 
 
 def _dropped(input: Tensor, p: float, train: bool) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from bptoolkit.function import in_graph
+from bptoolkit.ops.bptt import ARTBP, truncation
 from bptoolkit.ops.recurrent import check_lengths, order, repack, unpack
 from bptoolkit.scan_loops import KEYS, Bptt, Ranks, Recorder
 from bptoolkit.shapes import check_floating
@@ -139,9 +140,10 @@ class Scan:
                 there, y past it is zero, the last state is that of the end, and a reverse direction starts there. What xs
                 has past it is not read; the cell sees zeros there.
             reverse: go from the last step to the first.
-            truncate: k, or (k1, k2) with k2 ≥ k1: every k1 steps the losses of the newest k1 steps (those of y; of the last
-                state too at the last step) go back through at most k2 steps; k is (k, k). Every loss is counted once. An
-                estimate of the gradient, so that it cannot be differentiated again, nor pushed forward: both raise.
+            truncate: k, or (k1, k2) with k2 ≥ k1: the losses of every k1 steps (those of y; of the last state too at a row's
+                last step) go back through at most k2 steps, to the beginning of the window that ends with them, as in `lstm`;
+                k is (k, k). Every loss is counted once. Steps are counted from the first that the scan takes. An estimate of
+                the gradient, so that it cannot be differentiated again, nor pushed forward: both raise.
             checkpoint: keep every K-th state only, K or "sqrt" for √T, and run the steps between again in backward.
             grad_norms: True, and `self.grad_norms` has, after backward, at each step the norm of the gradient that the step
                 sent back to the state it started from; or a callable that is given this tensor, (T,). Nothing waits for it.
@@ -172,7 +174,9 @@ class Scan:
             if x[0].dim() < 2:
                 raise ValueError(f"{self.name}: with lengths, xs must be (T, B, ...), not {tuple(x[0].shape)}")
             lengths = check_lengths(self.name, lengths, x[0], True).to(x[0].device)
-        k1, k2 = self._window(truncate)
+        if isinstance(truncate, (str, ARTBP)):
+            raise ValueError(f"{self.name}: truncate={truncate!r}; a scan takes None, k or (k1, k2)")
+        k1, k2 = (0, 0) if truncate is None else truncation(self.name, truncate)[:2]
         every = self._every(checkpoint, T)
         ranks = Ranks(
             _rank(x), not isinstance(xs, Tensor), _rank(s), not isinstance(state, Tensor), tuple(p.dim() for p in params)
@@ -222,14 +226,6 @@ class Scan:
         for t in x:
             if t.dim() < 1 or t.shape[0] != x[0].shape[0]:
                 raise ValueError(f"{self.name}: xs must all be (T, ...), not {[tuple(t.shape) for t in x]}")
-
-    def _window(self, truncate: Any) -> tuple[int, int]:
-        if truncate is None:
-            return 0, 0
-        k1, k2 = (truncate, truncate) if isinstance(truncate, int) else truncate
-        if k1 < 1 or k2 < k1:
-            raise ValueError(f"{self.name}: truncate={truncate}; it must be k ≥ 1, or (k1, k2) with 1 ≤ k1 ≤ k2")
-        return k1, k2
 
     def _every(self, checkpoint: Any, T: int) -> int:
         if checkpoint == "sqrt":

@@ -6,12 +6,11 @@ counted by rank, and the loop runs under `torch.func.vmap` as often.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from bptoolkit.function import Rule
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops.recurrent import order
 from bptoolkit.precision import wide
+from bptoolkit.scan_signatures import named, names, signed
 
 KEYS = itertools.count(1)
 _RECORDERS: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
@@ -177,7 +177,8 @@ class Bptt:
         if T and (dys is None or k1):
             zero_y = torch.zeros_like(self.scan.step([x[0] for x in rows], replay.first(), ps, self.ranks)[1])
         for newest, end, oldest in windows(T, k1, k2):
-            ds = [z if e is None or end < T else e for e, z in zip(des, zero_s)]
+            mine = _ended(T, newest, end, lengths, reverse) if k1 else True
+            ds = [z if e is None or mine is False else e if mine is True else _where(mine, e, 0) for e, z in zip(des, zero_s)]
             for n in range(end - 1, oldest - 1, -1):
                 t = steps[n]
                 x, s, new, yt = replay.at(n)
@@ -311,16 +312,19 @@ def windows(T: int, k1: int, k2: int) -> Iterator[tuple[int, int, int]]:
     if not k1:
         yield 0, T, 0
         return
-    ends = [*range(k1, T, k1), T] if T else []
-    for begin, end in reversed(list(zip([0, *ends], ends))):
-        yield begin, end, max(end - k2, 0)
+    for begin in reversed(range(0, T, k1)):
+        yield begin, min(begin + k1, T), max(begin + k1 - k2, 0)
+
+
+def _ended(T: int, newest: int, end: int, lengths: Tensor | None, reverse: bool) -> Tensor | bool:
+    """Which rows take their last step in a window: the loss of their last state is its. A row without steps: the first."""
+    if lengths is None:
+        return end == T
+    at = torch.where(lengths > 0, T - 1 if reverse else lengths - 1, 0)
+    return (newest <= at) & (at < end)
 
 
 # --- small things ------------------------------------------------------------------------------------------------------------
-
-
-def names(letter: str, n: int) -> list[str]:
-    return [f"{letter}{k}" for k in range(n)]
 
 
 def _marks(args: Sequence[Any]) -> tuple[list[int], Tensor]:
@@ -381,28 +385,3 @@ def _batched(fn: Callable[[Any], list[Tensor]], v: int, args: Sequence[Any], fas
         return tuple(_batched(fn, v - 1, filled, fast))
 
     return list(torch.func.vmap(inner, in_dims=tuple(dims))(*given))
-
-
-def signed(fn: Any, first: list[str], second: list[str], options: dict[str, Any], returns: int, more: Any = ()) -> Any:
-    """`fn` with the signature that an operator is made from; cotangents, ends, y and lengths may be None."""
-    maybe = {"lengths", "y", *more, *(n for n in first if n.startswith("d"))}
-    P = inspect.Parameter
-    kinds = [(n, Optional[Tensor] if n in maybe else Tensor) for n in (*first, *second, *more)]  # noqa: UP045
-    parameters = [P(n, P.POSITIONAL_OR_KEYWORD, annotation=a) for n, a in (*kinds, *options.items())]
-
-    def run(*args: Any) -> Any:
-        return fn(*args)
-
-    run.__signature__ = inspect.Signature(parameters, return_annotation=tuple[(Tensor,) * returns])  # type: ignore[attr-defined, misc]
-    return run
-
-
-def named(fn: Any, names: list[str]) -> Any:
-    """`fn` with named parameters, as `Rule` reads them."""
-
-    def run(*args: Any) -> Any:
-        return fn(*args)
-
-    P = inspect.Parameter
-    run.__signature__ = inspect.Signature([P(n, P.POSITIONAL_OR_KEYWORD) for n in names])  # type: ignore[attr-defined]
-    return run

@@ -70,6 +70,11 @@ ALIASES = {
     "torch.prelu": ("prelu", lambda x, w, b: torch.prelu(x, b[:1])),
     "torch.hardshrink": ("hardshrink", lambda x, w, b: torch.hardshrink(x, 0.2)),
     "torch.layer_norm": ("layer_norm", lambda x, w, b: torch.layer_norm(x, (4,), b, None, 1e-3, False)),
+    "layer_norm by names": (
+        "layer_norm",
+        lambda x, w, b: torch.layer_norm(x, normalized_shape=(4,), weight=b, eps=1e-3, cudnn_enable=False),
+    ),
+    "group_norm by names": ("group_norm", lambda x, w, b: torch.group_norm(x, num_groups=2, weight=b, cudnn_enabled=False)),
     "torch.group_norm": ("group_norm", lambda x, w, b: torch.group_norm(x, 2, weight=b)),
     "torch.rms_norm": ("rms_norm", lambda x, w, b: torch.rms_norm(x, (4,), b, 1e-3)),
     "torch.dropout": ("dropout", lambda x, w, b: torch.dropout(x, 0.0, True)),
