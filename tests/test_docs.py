@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -27,6 +28,13 @@ def test_readme_snippets_run(tmp_path):
 
 def test_readme_table_is_fresh(capsys):
     assert ops_main(["--markdown", str(ROOT / "README.md"), "--check"]) == 0, capsys.readouterr().out
+
+
+def test_every_slow_row_of_the_benchmark_is_explained():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())["rows"]
+    slow = {r["op"] for r in rows if r["both"] > 1.15 * r["both_torch"]}
+    section = (ROOT / "docs" / "results.md").read_text().partition("### Rows over 1.15")[2].partition("\n## ")[0]
+    assert slow and not slow - set(re.findall(r"\w+", section))
 
 
 def test_the_tutorial_says_what_happens():

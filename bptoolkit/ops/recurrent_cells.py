@@ -180,7 +180,6 @@ def prepare(
 
 
 def summed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of what is there."""
     return b if a is None else a if b is None else a + b
 
 
@@ -258,22 +257,7 @@ def rnn_tanh_cell(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """h' = tanh(Wi x + bi + Wh h + bh), as `torch.nn.RNNCell`.
-
-    Args:
-        input: (B, I) or (I), floating point.
-        hx: (B, H), or (H) for an input (I); None for zeros.
-        weight_ih, weight_hh: (H, I) and (H, H).
-        bias_ih, bias_hh: (H,) or None.
-        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
-
-    Returns:
-        The next state, in the shape of hx.
-
-    Raises:
-        ValueError: the shapes or devices disagree, or the named backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx is no tensor.
-    """
+    """h' = tanh(Wi x + bi + Wh h + bh), as `torch.nn.RNNCell`; arguments and errors as `gru_cell`, with one block of H rows."""
     return _rnn(TANH_CELL, "tanh", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), backend)
 
 
@@ -287,22 +271,7 @@ def rnn_relu_cell(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """h' = relu(Wi x + bi + Wh h + bh), as `torch.nn.RNNCell` with nonlinearity="relu".
-
-    Args:
-        input: (B, I) or (I), floating point.
-        hx: (B, H), or (H) for an input (I); None for zeros.
-        weight_ih, weight_hh: (H, I) and (H, H).
-        bias_ih, bias_hh: (H,) or None.
-        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
-
-    Returns:
-        The next state, in the shape of hx.
-
-    Raises:
-        ValueError: the shapes or devices disagree, or the named backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx is no tensor.
-    """
+    """h' = relu(Wi x + bi + Wh h + bh), as `torch.nn.RNNCell`; arguments and errors as `gru_cell`, with one block of H rows."""
     return _rnn(RELU_CELL, "relu", input, hx, (weight_ih, weight_hh, bias_ih, bias_hh), backend)
 
 
@@ -334,7 +303,7 @@ class GRUCell(nn.GRUCell):
 class RNNCell(nn.RNNCell):
     """`torch.nn.RNNCell` with the backward above; same parameters, state_dict and arguments."""
 
-    backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
+    backend: str = "auto"
 
     def forward(self, input, hx=None):
         if self.nonlinearity not in ("tanh", "relu"):
@@ -363,8 +332,6 @@ def gru_reference(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
 
 
 def rnn_reference(phi: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The same in plain torch."""
-
     def reference(input, hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
         h = hx if hx is not None else input.new_zeros(*input.shape[:-1], weight_hh.shape[1])
         return phi(F.linear(input, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh))

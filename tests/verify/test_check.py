@@ -131,6 +131,38 @@ def test_without_a_reference(mine):
     assert check(mine(RIGHT).Mine, LINEAR).ok
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_ties_of_a_narrow_dtype_are_no_failure_without_a_reference(seed):
+    """softmax of products of size 10⁴ has one winner, and in bfloat16 two; of size 10⁶ they leave float16."""
+    report = check(
+        lambda x, w: torch.softmax(x @ w, -1), "x: B I, w: I O -> B O", seed=seed, budget=60, properties=["values", "dtypes"]
+    )
+    assert report.ok, report
+    assert report.calls["values"] > 50
+
+
+@pytest.mark.parametrize("bad", [None, torch.bfloat16, torch.float16])
+def test_a_narrow_dtype_is_judged_without_a_reference(bad):
+    class Sine(torch.autograd.Function):
+        """Right, but in one dtype: there its gradient has lost half of the digits in bfloat16, and is infinite in float16."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            dx = dy * x.cos()
+            if x.dtype is not bad:
+                return dx
+            return (dx * 8).round() / 8 if bad is torch.bfloat16 else dx / 0
+
+    report = check(Sine.apply, "x: B N -> B N", properties=["dtypes"], quick=True)
+    assert [f.property for f in report.failures] == ([] if bad is None else ["dtypes"]), report
+
+
 def test_a_forward_that_is_wrong(mine):
     report = check(mine(RIGHT).Mine, LINEAR, reference=mine(RIGHT).twice, quick=True)
     assert report.failures[0].property == "forward_value"
