@@ -261,3 +261,24 @@ def leave(module: nn.Module, args: Any, output: Any) -> None:
         last, block = _open.modules.pop()
         if block is not None:
             block.__exit__(None, None, None)
+
+
+_HOOKS = "_bptoolkit_hooks"  # in a module's __dict__: the keys of its two hooks
+
+
+def hook(module: nn.Module, backend: str) -> None:
+    """Let a module's calls run the ops whenever it runs its forward; once is enough."""
+    if _HOOKS not in vars(module):
+        before = module.register_forward_pre_hook(Enter(backend), prepend=True)
+        after = module.register_forward_hook(leave, always_call=True)
+        vars(module)[_HOOKS] = before.id, after.id
+
+
+def unhook(module: nn.Module) -> None:
+    """Take off what `hook` put on, if it did."""
+    for key, hooks in zip(
+        vars(module).pop(_HOOKS, ()),
+        ((module._forward_pre_hooks,), (module._forward_hooks, module._forward_hooks_always_called)),
+    ):
+        for held in hooks:
+            held.pop(key, None)

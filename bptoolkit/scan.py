@@ -158,7 +158,7 @@ class Scan:
             RuntimeError: the cell writes over its arguments, or draws random numbers (on the CPU's generator).
         """
         packed = xs if isinstance(xs, PackedSequence) else None
-        index = None
+        index: Any = None
         if packed is not None:
             if lengths is not None:
                 raise ValueError(f"{self.name}: a PackedSequence has its lengths in it; leave lengths out")

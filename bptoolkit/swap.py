@@ -6,15 +6,12 @@ instances, optimizers' references, state_dict keys, devices, dtypes, memory form
 
 Only exact types are swapped (`type(module) is nn.Linear`): a subclass may do something else in its forward.
 
-What unswap needs is kept in the instance's `__dict__` under one name, so that deepcopy and pickle carry it along:
+What unswap needs is kept in the instance's `__dict__` so that deepcopy and pickle carry it along:
 
     _bptoolkit_was = nn.Linear                          the class of a swapped module
     _bptoolkit_was = {"activation_relu_or_gelu": 1}     the attributes of a module that was adjusted
 
-and with `also=` and `functions=` under two more:
-
-    _bptoolkit_now = MyRMSNorm                          the class that `also` gave
-    _bptoolkit_hooks = (3, 4)                           the keys of the two hooks that `functions` needs
+    _bptoolkit_now = MyRMSNorm                          the class that `also` gave, beside the other
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bptoolkit.calls import Enter, leave
+from bptoolkit.calls import hook, unhook
 from bptoolkit.choose import BACKENDS
 from bptoolkit.op import Op
 from bptoolkit.ops import OPS
@@ -39,7 +36,7 @@ from bptoolkit.swap_report import SwapReport as SwapReport
 
 Which = str | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]  # one item of `only` and `exclude`
 
-_WAS, _NOW, _HOOKS = "_bptoolkit_was", "_bptoolkit_now", "_bptoolkit_hooks"
+_WAS, _NOW = "_bptoolkit_was", "_bptoolkit_now"
 _ABSENT: Any = object()
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _CONTAINERS = (nn.Sequential, *_NEVER_CALLED)
@@ -125,7 +122,7 @@ def unswap(model: nn.Module) -> tuple[str, ...]:
         raise TypeError(f"unswap: model is a {type(model).__name__}, not a torch.nn.Module")
     names, changes, ours = [], [], {new for new, _ in _table().values()}
     for name, module in model.named_modules():
-        _unhook(module)
+        unhook(module)
         was = vars(module).get(_WAS, _ABSENT)
         if isinstance(was, dict):
             changes.append(_Change(module, type(module), {**was, _WAS: _ABSENT}))
@@ -195,16 +192,6 @@ def _checked(also: Mapping[Any, Any]) -> Mapping[type[nn.Module], type[nn.Module
                 f"swap: also={{{theirs.__name__}: {new.__name__}}}: {new.__name__} must be a subclass of {theirs.__name__}"
             )
     return also
-
-
-def _unhook(module: nn.Module) -> None:
-    """Take off the hooks of `functions=True`, if there are any."""
-    for key, hooks in zip(
-        vars(module).pop(_HOOKS, ()),
-        ((module._forward_pre_hooks,), (module._forward_hooks, module._forward_hooks_always_called)),
-    ):
-        for held in hooks:
-            held.pop(key, None)
 
 
 def _generated(cls: type) -> bool:
@@ -317,13 +304,12 @@ class _Plan:
         """Put the hooks of `functions=True` on the modules chosen that have a forward of torch's or the user's."""
         for module in self.names:
             chosen = (self.wanted is None or module in self.wanted) and module not in self.excluded
-            if not chosen or _HOOKS in vars(module) or _base(type(module)) in self.ours:
-                continue
-            if isinstance(module, (*_NEVER_CALLED, torch.jit.ScriptModule)):
-                continue
-            before = module.register_forward_pre_hook(Enter(self.backend), prepend=True)
-            after = module.register_forward_hook(leave, always_call=True)
-            vars(module)[_HOOKS] = before.id, after.id
+            if (
+                chosen
+                and _base(type(module)) not in self.ours
+                and not isinstance(module, (*_NEVER_CALLED, torch.jit.ScriptModule))
+            ):
+                hook(module, self.backend)
 
     def obstacle(self, module: nn.Module, base: Any, op: Op | None) -> str | None:
         """Why a module whose exact type is in the table (or, without an op, in `also`) is left alone all the same."""

@@ -1,7 +1,4 @@
-"""Replicas of public bugs that hide from contiguous tensors, one backward and one order: strides, overwritten and kept tensors.
-
-Kernels get pointers: `read` gives what is in memory at the strides that a kernel takes a tensor to have, NaN past its end.
-"""
+"""Replicas of public bugs that hide from contiguous tensors, one backward and one order: strides, written and kept."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ CPU = {"device_type": "cpu"}
 
 
 def read(t: Tensor, strides: Sequence[int] | None = None) -> Tensor:
-    """A tensor of the shape of `t` read from its first element on, at these strides (None: as if contiguous)."""
+    """`t` read from its first element on, at the strides a kernel takes it to have (None: contiguous); NaN past its end."""
     if not t.numel():
         return torch.zeros_like(t)
     if strides is None:
