@@ -324,11 +324,8 @@ def reference_of(op: str) -> Callable[..., Any]:
 
 def case_of(op: str) -> Callable[[Draw], Case]:
     def case(draw: Draw) -> Case:
-        (x, hx, plain), kwargs = recurrent_reference.case(draw, 4, 2)
+        (x, hx, plain), kwargs = recurrent_reference.case(draw, 4, 2, layers=False)
         H, n = plain[1].shape[1], 4 if kwargs["bias"] else 2
-        if kwargs["num_layers"] == 2 and kwargs["bidirectional"]:  # one of the two is enough, and quicker
-            kwargs["num_layers"], plain = 1, plain[: 2 * n]
-            hx = None if hx is None else tuple(h.detach()[:2].requires_grad_(h.requires_grad) for h in hx)
         weights: list[Tensor] = []
         for k in range(0, len(plain), n):
             weights += [*plain[k : k + n], *(draw.tensor(m * H) for m in further(op, kwargs["bias"]).values())]
