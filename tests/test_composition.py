@@ -140,8 +140,8 @@ def test_compile_inductor(name):
     compiled_matches(call_of(name, dtype=torch.float32), "inductor")
 
 
-@each_op
-def test_compile_dynamic(name):
+@one_a_file
+def test_compile_dynamic(name):  # test_recompile.py has every op at several sizes
     compiled_matches(call_of(name, dtype=torch.float32), "aot_eager", dynamic=True)
 
 

@@ -324,7 +324,7 @@ def reference_of(op: str) -> Callable[..., Any]:
 
 def case_of(op: str) -> Callable[[Draw], Case]:
     def case(draw: Draw) -> Case:
-        (x, hx, plain), kwargs = recurrent_reference.case(draw, 4, 2, layers=False)
+        (x, hx, plain), kwargs = recurrent_reference.case(draw, 4, 2, small=True)
         H, n = plain[1].shape[1], 4 if kwargs["bias"] else 2
         weights: list[Tensor] = []
         for k in range(0, len(plain), n):

@@ -320,7 +320,7 @@ def _reference(op: str) -> Callable[..., Any]:
 
 def _case(G: int) -> Callable[[Draw], Case]:
     def case(draw: Draw) -> Case:
-        (x, hx, weights), kwargs = recurrent_reference.case(draw, G, 1, layers=False)
+        (x, hx, weights), kwargs = recurrent_reference.case(draw, G, 1, small=True)
         per = 2 + 2 * kwargs["bias"]  # weight_ih, weight_hh, bias_ih, bias_hh
         weights = [w for k, w in enumerate(weights) if k % per in ((0, 2) if per == 4 else (0,))]
         return Case(

@@ -111,13 +111,14 @@ def _row(
     return [states[0] for states in found], found[-1] if found else first
 
 
-def case(draw: Any, gates: int, states: int, projections: bool = False, layers: bool = True) -> tuple[Any, dict[str, Any]]:
+def case(draw: Any, gates: int, states: int, projections: bool = False, small: bool = False) -> tuple[Any, dict[str, Any]]:
     """A drawn call of a recurrent op: its input, hx and weights, and its options. Small, for they are differentiated thrice.
 
-    layers: draw two at times; they are `recurrent.sequence`'s, so that lstm, gru and rnn can speak for the others.
+    small: one layer, seldom two directions, at most 3 steps. Layers and directions are `recurrent.sequence`'s, so that lstm,
+    gru and rnn speak for the others.
     """
-    T, B, I, H = draw.size(1, 4), draw.size(0, 3), draw.size(1, 3), draw.size(1, 3)
-    L, D, P = draw.choice((1, 1, 2)) if layers else 1, draw.choice((1, 1, 2)), H
+    T, B, I, H = draw.size(1, 3 if small else 4), draw.size(0, 3), draw.size(1, 3), draw.size(1, 3)
+    L, D, P = 1 if small else draw.choice((1, 1, 2)), draw.choice((2, 1, 1, 1, 1) if small else (1, 1, 2)), H
     bias, batched = draw.flag(), draw.random.random() < 0.8
     kwargs: dict[str, Any] = {"num_layers": L, "bidirectional": D == 2, "bias": bias}
     if projections and draw.random.random() < 0.3:
