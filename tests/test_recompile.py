@@ -32,6 +32,7 @@ def cell(gates, states=1):
     return make
 
 
+OLD = tuple(int(v) for v in torch.__version__.split(".")[:2]) < (2, 12)
 CALLS = {  # (length, what is added to the batch) -> arguments; every size differs from the others, or duck shaping guards it
     "linear": lambda n, s: (r(20 + s, n, 3), r(5, 3), r(5)),
     "conv1d": lambda n, s: (r(20 + s, 3, n), r(5, 3, 2)),
@@ -133,6 +134,8 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
 def test_batch_sizes_and_lengths_do_not_recompile(name):
     if name == "multi_head_attention_forward":
         pytest.skip("a composition of linear and scaled_dot_product_attention, which are tested here")
+    if name.startswith(("max_pool", "avg_pool", "lp_pool")) and OLD:
+        pytest.skip("torch 2.11's own shape functions of pools guard on whether a size is even, F.avg_pool2d's too")
     make, op = CALLS.get(name, lambda n, s: (r(20 + s, n),)), OPS[name]
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -69,7 +69,7 @@ def _pool(op: Op, n: int, x: Tensor, kernel: Any, size: Any, ratio: Any, return_
         size = [torch.sym_int(s * r) for s, r in zip(X, ratios)]
     Y = ints(op.name, "output_size", size, n, 1)
     for s, k, y in zip(X, kernel, Y):
-        least = y + k - (n == 2)  # torch's kernel for volumes asks for one more
+        least = y + k - int(n == 2)  # torch's kernel for volumes asks for one more
         if s < least:
             found = f"kernel_size={kernel} and output_size={Y}"
             raise ValueError(f"{op.name}: {found} need an input of at least size {least}, not {tuple(x.shape)}")
