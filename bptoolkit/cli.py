@@ -9,6 +9,10 @@ COMMANDS = {
     "ops": ("bptoolkit.table", "the ops, and what each supports"),
     "verify": ("bptoolkit.verify.cli", "check an op's backward"),
     "bench": ("bptoolkit.bench.cli", "time, memory and error of an op beside torch's"),
+    "kernels": (
+        "bptoolkit.triton_kernels.cli",
+        "compile the fused kernels for four parts, and print what they use",
+    ),
     "fit": ("bptoolkit.fit", "train a recipe"),
     "recipes": ("bptoolkit.recipe", "the recipes"),
     "doctor": ("bptoolkit.doctor", "versions, devices, and what will run where and why"),

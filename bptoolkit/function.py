@@ -49,7 +49,7 @@ class Rule:
         uses: input letter -> the saved letters its gradient uses; what no needed gradient uses is not saved. An input that
             is left out uses everything.
         constants: outputs without a derivative (masks, indices).
-        kernel: imports and returns the module under `bptoolkit.triton_kernels` that has the same two rules, fused; or None.
+        kernel: imports and returns the `bptoolkit.triton_kernels.kernel.Kernel` that has the same two rules, fused; or None.
             (A function with the import written out, which Dynamo can follow; the first call that uses it imports Triton.)
 
     Example:

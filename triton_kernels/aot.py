@@ -5,6 +5,7 @@ Shared memory limits are only enforced at a launch, and registers that spill cos
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
 import re
@@ -44,7 +45,9 @@ class Spec(NamedTuple):
         constants: argument -> its value; None for a pointer that is not given, 1 for the stride of dense rows.
         aligned: the arguments that 16 divides, which is what lets loads be 16 bytes wide.
         warps: the number of warps.
+        stages: how many loads of a loop are under way at a time.
         dot: the kernel has a matrix product, which must come out as a tensor-core instruction.
+        narrow: why no load need be 16 bytes wide; empty for a kernel whose loads must be.
     """
 
     label: str
@@ -53,25 +56,36 @@ class Spec(NamedTuple):
     constants: Mapping[str, Any]
     aligned: tuple[str, ...]
     warps: int
+    stages: int = 3
     dot: bool = False
+    narrow: str = ""
 
 
 class Usage(NamedTuple):
     """What a compiled kernel uses."""
 
-    registers: int
+    registers: int  # of a thread
     spilled: int  # bytes of stack, or registers on AMD
     shared: int  # bytes
-    wide_loads: int  # loads of 16 bytes
+    instructions: int  # lines of PTX or GCN
+    wide_loads: int  # of 16 bytes
+    wide_stores: int
     tensor_core: int  # matrix instructions
 
 
-_INSTRUCTIONS = {
+_PATTERNS = {
     "cuda": (
-        r"ld\.global\S*\.v4\.[bfu]32|ld\.global\S*\.v2\.[bfu]64|cp\.async\S*\s.*0x10",
+        r"^\s+(?:@%p\d+ )?[a-z][\w.:]* .*;|^\s+ret;",
+        r"ld\.global\S*\.v4\.[bfu]32|ld\.global\S*\.v2\.[bfu]64|cp\.async\S*\s.*0x10|cp\.async\.bulk",
+        r"st\.global\S*\.v4\.[bfu]32|st\.global\S*\.v2\.[bfu]64|cp\.async\.bulk\S*\.global\.shared",
         r"mma\.sync|wgmma\.mma|tcgen05\.mma",
     ),
-    "hip": (r"(?:buffer|global)_load_dwordx4", r"v_mfma"),
+    "hip": (
+        r"^\t[a-z]\w+(?:\s|$)",
+        r"(?:buffer|global)_load_dwordx4",
+        r"(?:buffer|global)_store_dwordx4",
+        r"v_mfma",
+    ),
 }
 
 
@@ -101,12 +115,12 @@ def compile_for(spec: Spec, target: Target) -> Usage:
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
         ),
         target=GPUTarget(target.backend, target.arch, target.warp),
-        options={"num_warps": spec.warps, "enable_fp_fusion": True},
+        options={"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True},
     )
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-    wide, matrix = (len(re.findall(pattern, text)) for pattern in _INSTRUCTIONS[target.backend])
+    counts = [len(re.findall(pattern, text, re.MULTILINE)) for pattern in _PATTERNS[target.backend]]
     registers, spilled = _nvidia(compiled.asm["cubin"]) if target.backend == "cuda" else _amd(text)
-    return Usage(registers, spilled, compiled.metadata.shared, wide, matrix)
+    return Usage(registers, spilled, compiled.metadata.shared, *counts)
 
 
 def problems(spec: Spec, target: Target, usage: Usage) -> list[str]:
@@ -116,11 +130,35 @@ def problems(spec: Spec, target: Target, usage: Usage) -> list[str]:
         found.append(f"registers spill ({usage.spilled})")
     if usage.shared > target.shared:
         found.append(f"{usage.shared} bytes of shared memory, {target.shared} at most")
-    if not usage.wide_loads:
+    if not usage.wide_loads and not spec.narrow:
         found.append("no load is 16 bytes wide")
     if spec.dot and not usage.tensor_core:
         found.append("no tensor-core instruction")
     return found
+
+
+def key(spec: Spec, target: Target) -> str:
+    """A hash of all that a compilation depends on: the kernel's source and that of what it calls, types, constants, versions."""
+    import triton
+
+    said = (_source(spec.kernel, set()), sorted(spec.types.items()), sorted(spec.constants.items(), key=str), spec.aligned)
+    everything = repr((said, spec.warps, spec.stages, target, triton.__version__))
+    return hashlib.sha256(everything.encode()).hexdigest()[:16]
+
+
+def _source(kernel: Any, seen: set[str]) -> str:
+    """The text of a `triton.jit` function and of those it calls in this package, with the constants that they read."""
+    from triton.runtime.jit import JITFunction
+
+    seen.add(kernel.__name__)
+    text, names = kernel.src, kernel.fn.__globals__
+    for name in sorted(set(kernel.fn.__code__.co_names) - seen):
+        value = names.get(name)
+        if isinstance(value, JITFunction) and value.module.startswith(__package__):
+            text += _source(value, seen)
+        elif isinstance(value, (int, float, str)) or type(value).__name__ == "constexpr":
+            text += f"{name} = {value!r}\n"
+    return text
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:

@@ -7,8 +7,6 @@ backward   a program walks over tiles p, p + P, p + 2P, … and keeps its sums o
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -16,12 +14,12 @@ from torch import Tensor
 
 from bptoolkit.ops.layer_norm import RULE, rows
 from bptoolkit.triton_kernels.aot import Spec
+from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense, programs
 from bptoolkit.triton_kernels.operator import operator
 
 LONGEST = 8192  # elements of a row: more would spill registers in backward, with its two sums; the gate in aot.py says so
 TILE = 2048  # elements, for rows that are shorter than that
 PER_THREAD = 16  # elements of a tile
-WARP = 64 if torch.version.hip else 32  # threads in a warp
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -98,9 +96,7 @@ def _launch_forward(x: Tensor, w: Tensor | None, b: Tensor | None, D: int, eps: 
         return y, mean.zero_(), rstd.fill_(torch.nan)
     x2, (BM, BN, warps) = x.reshape(M, N), tile(N, WARP)
     shape = (*x2.stride(), M, N, eps, BM, BN)
-    forward_kernel[(triton.cdiv(M, BM),)](
-        x2, _dense(w), _dense(b), y, mean, rstd, *shape, num_warps=warps, enable_fp_fusion=True
-    )
+    forward_kernel[(triton.cdiv(M, BM),)](x2, dense(w), dense(b), y, mean, rstd, *shape, num_warps=warps, enable_fp_fusion=True)
     return y, mean, rstd
 
 
@@ -127,12 +123,12 @@ def _launch_backward(
     if not x.numel():
         return dx, dw.zero_(), db.zero_()
     BM, BN, warps = tile(N, WARP)
-    P = min(triton.cdiv(M, BM), _programs(x.device, warps))
+    P = min(triton.cdiv(M, BM), programs(x.device, warps))
     partial = torch.empty(int(need[1]) + int(need[2]), P, N, dtype=torch.float32, device=x.device)
     dw_ = partial[0] if need[1] else None
     db_ = partial[-1] if need[2] else None
     x2, dy2 = x.reshape(M, N), (x.new_zeros(()).expand(x.shape) if dy is None else dy).reshape(M, N)
-    read = (dy2, *map(_dense, (dm, dr)), x2, *map(_dense, (w, m, r)))
+    read = (dy2, *map(dense, (dm, dr)), x2, *map(dense, (w, m, r)))
     write = (dx if need[0] else None, dw_, db_)
     shape = (*dy2.stride(), *x2.stride(), M, N, BM, BN)
     backward_kernel[(P,)](*read, *write, *shape, num_warps=warps, enable_fp_fusion=True)
@@ -148,19 +144,6 @@ def _fake_backward(dy, dm, dr, x, w, m, r, D, need):
     dx = torch.empty(x.shape if need[0] else (0,), dtype=x.dtype, device=x.device)
     dw, db = (torch.empty(N if n else 0, dtype=torch.float32, device=x.device) for n in need[1:])
     return dx, dw, db
-
-
-def _dense(t: Tensor | None) -> Tensor | None:
-    """A tensor that the kernel reads as one row of elements."""
-    return None if t is None else t.contiguous()
-
-
-@cache
-def _programs(device: torch.device, warps: int) -> int:
-    """How many programs run at a time: 16 warps on each multiprocessor; 3 in the interpreter."""
-    if device.type == "cpu":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, 16 // warps)
 
 
 FORWARD = operator("triton_layer_norm", _launch_forward, _fake_forward)
@@ -182,12 +165,13 @@ def backward(dy, dm, dr, x, w, b, m, r, D, need):
 
 def unsupported(x: Tensor, w: Tensor | None, b: Tensor | None, D: int, eps: float) -> str | None:
     """Why the kernel cannot take the call, or None."""
-    if x.dtype == torch.float64:
-        return "the fused kernel computes in float32, not float64"
     _, N = rows(x, D)
     if N > LONGEST:
         return f"a row of {N} elements is too long for the fused kernel, which holds a row in registers: at most {LONGEST}"
-    return None
+    return computed_in_float32(x)
+
+
+KERNEL = Kernel(forward, backward, unsupported)
 
 
 def specs(warp: int) -> list[Spec]:

@@ -15,13 +15,20 @@ _LIBRARY = torch.library.Library("bptoolkit", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)  # no tensor is restrided behind the launcher's back
 
 
-def operator(name: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+REGISTERED: dict[str, Any] = {}  # name -> operator
+
+
+def operator(
+    name: str, launcher: Callable[..., Any], fake: Callable[..., Any], *, flops: Callable[..., int] | None = None
+) -> Any:
     """Register launcher as an operator on CUDA tensors, and on CPU tensors inside `interpret()`; return the operator.
 
     Args:
         name: the operator's name.
         launcher: annotated, as `torch.library.infer_schema` wants it; returns new tensors that share no memory.
         fake: the same parameters -> empty outputs of the right shapes and dtypes.
+        flops: the arguments, shapes in place of tensors, and out_shape= -> multiplications and additions of its matrix products
+            or convolutions, for `torch.utils.flop_counter`; without it there are none.
     """
 
     def on_gpu(*args: Any) -> Any:
@@ -42,4 +49,10 @@ def operator(name: str, launcher: Callable[..., Any], fake: Callable[..., Any]) 
     _LIBRARY.impl(name, on_gpu, "CUDA")
     _LIBRARY.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"bptoolkit::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.bptoolkit, name).default
+    packet = getattr(torch.ops.bptoolkit, name)
+    if flops is not None:
+        from torch.utils.flop_counter import register_flop_formula
+
+        register_flop_formula(packet)(flops)
+    REGISTERED[name] = packet.default
+    return packet.default

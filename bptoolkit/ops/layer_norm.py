@@ -102,9 +102,9 @@ def in_blocks(dy, x, w, b, m, r, D, need, block=2 * BLOCK):
 
 
 def kernel():
-    from bptoolkit.triton_kernels import layer_norm
+    from bptoolkit.triton_kernels.layer_norm import KERNEL
 
-    return layer_norm
+    return KERNEL
 
 
 RULE = Rule(

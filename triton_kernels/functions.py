@@ -1,0 +1,76 @@
+"""Elementwise functions that kernels share, of float32 values in registers. For the maths see `bptoolkit.ops.activation`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def silu_slope(x):
+    s = tl.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+@triton.jit
+def gelu(x):
+    return x * (0.5 * (1 + tl.erf(x * 0.7071067811865476)))  # 1/√2
+
+
+@triton.jit
+def gelu_slope(x):
+    cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    return cdf + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))  # 1/√(2π)
+
+
+@triton.jit
+def gelu_tanh(x):
+    return x * tl.sigmoid(1.5957691216057308 * (x * (1 + 0.044715 * x * x)))  # 2√(2/π)
+
+
+@triton.jit
+def gelu_tanh_slope(x):
+    x2 = x * x
+    s = tl.sigmoid(1.5957691216057308 * (x * (1 + 0.044715 * x2)))
+    return s * (1 + x * (1 - s) * (1.5957691216057308 * (1 + 3 * 0.044715 * x2)))
+
+
+@triton.jit
+def relu(x):
+    return tl.where(x <= 0, 0.0, x)  # lets NaN through
+
+
+@triton.jit
+def relu_slope(x):
+    return tl.where(x <= 0, 0.0, 1.0)
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr):
+    """The activation of a name: "relu", "silu", "gelu", "gelu_tanh", or "identity"."""
+    if NAME == "relu":
+        x = relu(x)
+    elif NAME == "silu":
+        x = silu(x)
+    elif NAME == "gelu":
+        x = gelu(x)
+    elif NAME == "gelu_tanh":
+        x = gelu_tanh(x)
+    return x
+
+
+@triton.jit
+def chain(dy, x, NAME: tl.constexpr):
+    """dx from dy at x. A relu that is off blocks any dy, infinite ones too."""
+    if NAME == "relu":
+        dy = tl.where(x <= 0, 0.0, dy)
+    elif NAME == "silu":
+        dy = dy * silu_slope(x)
+    elif NAME == "gelu":
+        dy = dy * gelu_slope(x)
+    elif NAME == "gelu_tanh":
+        dy = dy * gelu_tanh_slope(x)
+    return dy

@@ -1,0 +1,44 @@
+"""What the kernels' modules share: the record of a rule's fused form, and the sizes of a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+WARP = 64 if torch.version.hip else 32  # threads in a warp
+
+
+class Kernel(NamedTuple):
+    """The two rules of an op, fused, with the eager rules' parameters.
+
+    Attributes:
+        forward: as `Rule.forward`.
+        backward: as `Rule.backward`.
+        unsupported: the rule's inputs and options -> why the kernel cannot take the call, or None.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    unsupported: Callable[..., str | None]
+
+
+def computed_in_float32(x: Tensor) -> str | None:
+    """Why a kernel that computes in float32 cannot take x, or None."""
+    return "the fused kernel computes in float32, not float64" if x.dtype == torch.float64 else None
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """A tensor that a kernel reads as one row of elements."""
+    return None if t is None else t.contiguous()
+
+
+@cache
+def programs(device: torch.device, warps: int) -> int:
+    """How many programs run at a time: 16 warps on each multiprocessor; 3 in the interpreter."""
+    if device.type == "cpu":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, 16 // warps)

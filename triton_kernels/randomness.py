@@ -1,0 +1,24 @@
+"""The random masks of `bptoolkit.randomness` inside a kernel: the same bits for the same seed and place."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def keep(i, seed, threshold):
+    """Whether element i (int64) is kept.
+
+    seed: pointer to two int32. threshold: `bptoolkit.randomness.threshold(p)`, an int32; nothing is kept at p = 1, which the
+    launcher sees to.
+    """
+    k0 = tl.load(seed).to(tl.uint32, bitcast=True)
+    k1 = tl.load(seed + 1).to(tl.uint32, bitcast=True)
+    high = (i >> 32).to(tl.uint32)
+    h = i.to(tl.uint32) * 0x9E3779B9 + k0
+    h = h ^ (h >> 17)
+    h = (h * 0xED5AD4BB) ^ (k1 ^ (high * 0x9E3779B9))
+    h = h ^ (h >> 11)
+    h = h * 0xAC4C1B51
+    h = h ^ (h >> 15)
+    h = h * 0x31848BAB
+    return h.to(tl.int32, bitcast=True) < threshold
