@@ -138,7 +138,7 @@ def problems(spec: Spec, target: Target, usage: Usage) -> list[str]:
 
 
 def key(spec: Spec, target: Target) -> str:
-    """A hash of all that a compilation depends on: the kernel's source and that of what it calls, types, constants, versions."""
+    """A hash of what a compilation depends on: the kernel's source and that of what it calls, types, constants, versions."""
     import triton
 
     said = (_source(spec.kernel, set()), sorted(spec.types.items()), sorted(spec.constants.items(), key=str), spec.aligned)

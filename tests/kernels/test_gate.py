@@ -34,7 +34,7 @@ def test_names_are_unique():
 
 
 def test_the_record_is_of_this_code():
-    """For the Triton it was made with. `bptoolkit kernels --record benchmarks/results/kernels.json --markdown docs/kernels.md`."""
+    """If not: bptoolkit kernels --record benchmarks/results/kernels.json --markdown docs/kernels.md."""
     found = json.loads(RECORD.read_text())
     if found.pop("triton") != triton.__version__:
         pytest.skip("the record is of another Triton: everything was compiled above")

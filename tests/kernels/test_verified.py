@@ -1,4 +1,4 @@
-"""Every kernel through the checker of the house, as every op: its sizes, layouts, cotangents, dtypes and subsets of gradients."""
+"""Every kernel through the checker of the house: its sizes, layouts, cotangents, dtypes and subsets of gradients."""
 
 from __future__ import annotations
 
