@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import platform
 import sys
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # see tests/conftest.py
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "evidence.json"
 PAGE = ROOT / "docs" / "evidence.md"
