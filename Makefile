@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test models evidence fuzz lint wheel clean
+.PHONY: demo test gpu models evidence fuzz lint wheel clean
 
 demo: $(READY)  ## verify the ops used, then train digits with torch's layers and with ours
 	$(BIN)/python -m bptoolkit.recipes.demo
@@ -19,6 +19,9 @@ models: $(VENV)/.models  ## whole models of transformers, swapped: float64, bflo
 
 evidence: $(READY)  ## every planted fault and correct twin, three seeds: about an hour on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/faults/evidence.py
+
+gpu:  ## on a machine with a GPU: every kernel and op, then speed and memory; results in $OUT, or benchmarks/results
+	$(PYTHON) benchmarks/gpu.py --out "$${OUT:-benchmarks/results}" --resume benchmarks/results
 
 fuzz: $(READY)  ## the property tests, long and random
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_gradients.py tests/test_composition.py

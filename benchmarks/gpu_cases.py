@@ -1,0 +1,180 @@
+"""The calls that `make gpu` times: op -> label -> what draws its arguments, at sizes at which a GPU is busy.
+
+A tensor of 2²⁶ elements takes 128 MiB in bfloat16, more than an H200's cache. `toy` divides every size that may be divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bptoolkit.cases import Case, Draw
+
+ELEMENTS = 1 << 26
+Make = Callable[[Draw, int], Case]
+
+
+def rows(columns: int) -> int:
+    return max(1, ELEMENTS // columns)
+
+
+def toyed(n: int, toy: int) -> int:
+    """N, or in a rehearsal a small part of it."""
+    return max(2, n // toy)
+
+
+def norm(columns: int, bias: bool, residual: bool = False, **kw: Any) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        M, N = toyed(rows(columns), toy * toy), toyed(columns, toy)
+        summand = (d.tensor(M, N),) if residual else ()
+        scale = (d.tensor(N), d.tensor(N)) if bias else (d.tensor(N),)
+        return Case((d.tensor(M, N), *summand, (N,), *scale), dict(kw))
+
+    return make
+
+
+def matrix(columns: int, *args: Any, tensors: int = 1, **kw: Any) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        shape = toyed(rows(columns), toy * toy), toyed(columns, toy)
+        return Case((*(d.tensor(*shape) for _ in range(tensors)), *args), dict(kw))
+
+    return make
+
+
+def each(make: Callable[..., Make], *columns: int, **kw: Any) -> dict[str, Make]:
+    return {f"{n} columns": make(n, **kw) for n in columns}
+
+
+def cross_entropy(d: Draw, toy: int, **kw: Any) -> Case:
+    N, C = toyed(8192, toy * toy), toyed(131072, toy * toy)
+    return Case((d.tensor(N, C), d.integers(0, C, N)), dict(kw))
+
+
+def linear_cross_entropy(tokens: int) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        N, I, C = toyed(tokens, toy * toy), toyed(4096, toy * toy), toyed(131072, toy * toy)
+        return Case((d.tensor(N, I), d.tensor(C, I, scale=I**-0.5), d.integers(0, C, N)), {})
+
+    return make
+
+
+def bias_activation(name: str) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        M, N = toyed(rows(4096), toy * toy), toyed(4096, toy)
+        return Case((d.tensor(M, N), d.tensor(N), name), {})
+
+    return make
+
+
+def gated_mlp(d: Draw, toy: int) -> Case:
+    N, I, H = toyed(8192, toy * toy), toyed(4096, toy * toy), toyed(14336, toy * toy)
+    return Case((d.tensor(N, I), *(d.tensor(*s, scale=s[1] ** -0.5) for s in ((H, I), (H, I), (I, H)))), {})
+
+
+def mlp(d: Draw, toy: int) -> Case:
+    N, I, H = toyed(8192, toy * toy), toyed(4096, toy * toy), toyed(16384, toy * toy)
+    return Case((d.tensor(N, I), d.tensor(H, I, scale=I**-0.5), d.tensor(H), d.tensor(I, H, scale=H**-0.5), d.tensor(I)), {})
+
+
+def rotary(interleaved: bool) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        L, E = toyed(4096, toy * toy), 128 if toy == 1 else 8
+        angle = d.tensor(L, E // 2, grad=False)
+        return Case((d.tensor(toyed(4, toy), toyed(32, toy), L, E), angle.cos(), angle.sin()), {"interleaved": interleaved})
+
+    return make
+
+
+def images(n: int, c: int, h: int, *, last: bool = False) -> Callable[[Draw, int], Any]:
+    def make(d: Draw, toy: int) -> Any:
+        import torch
+
+        x = d.tensor(toyed(n, toy), toyed(c, toy), toyed(h, toy), toyed(h, toy), grad=False)
+        return (x.contiguous(memory_format=torch.channels_last) if last else x).requires_grad_()
+
+    return make
+
+
+def batch_norm(last: bool) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        x = images(64, 256, 56, last=last)(d, toy)
+        C = x.shape[1]
+        return Case((x, None, None, d.tensor(C), d.tensor(C)), {"training": True})
+
+    return make
+
+
+def group_norm(d: Draw, toy: int) -> Case:
+    x = images(64, 256, 56)(d, toy)
+    return Case((x, 2, d.tensor(x.shape[1]), d.tensor(x.shape[1])), {})
+
+
+def depthwise(last: bool) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        x = images(64, 256, 56, last=last)(d, toy)
+        return Case((x, d.tensor(x.shape[1], 1, 3, 3), d.tensor(x.shape[1])), {"padding": 1, "groups": x.shape[1]})
+
+    return make
+
+
+def convolution_activation(d: Draw, toy: int) -> Case:
+    x = images(64, 256, 56, last=True)(d, toy)
+    C = x.shape[1]
+    return Case((x, d.tensor(C, C, 3, 3, scale=(9 * C) ** -0.5), d.tensor(C)), {"padding": 1})
+
+
+def causal_conv1d(d: Draw, toy: int) -> Case:
+    B, D, L = toyed(8, toy), toyed(4096, toy * toy), toyed(4096, toy * toy)
+    return Case((d.tensor(B, D, L), d.tensor(D, 4), d.tensor(D)), {"activation": "silu"})
+
+
+def max_pool2d(d: Draw, toy: int) -> Case:
+    return Case((images(64, 64, 112)(d, toy), 3, 2, 1), {})
+
+
+def embedding(d: Draw, toy: int) -> Case:
+    V, E, N = toyed(131072, toy * toy), toyed(4096, toy * toy), toyed(16384, toy * toy)
+    return Case((d.integers(0, V, N), d.tensor(V, E)), {})
+
+
+WIDTHS = (1024, 4096, 16384, 65536)
+CASES: Mapping[str, Mapping[str, Make]] = {
+    "layer_norm": each(norm, *WIDTHS, bias=True),
+    "rms_norm": each(norm, *WIDTHS, bias=False),
+    "add_layer_norm": each(norm, 4096, 16384, bias=True, residual=True),
+    "add_rms_norm": each(norm, 4096, 16384, bias=False, residual=True),
+    "dropout_add_layer_norm": each(norm, 4096, bias=True, residual=True, p=0.1),
+    "dropout_add_rms_norm": each(norm, 4096, bias=False, residual=True, p=0.1),
+    "group_norm": {"images": group_norm},
+    "batch_norm": {"images": batch_norm(False), "channels last": batch_norm(True)},
+    "batch_norm_relu": {"images": batch_norm(False), "channels last": batch_norm(True)},
+    "softmax": {f"{n} columns": matrix(n, -1) for n in WIDTHS},
+    "log_softmax": {f"{n} columns": matrix(n, -1) for n in WIDTHS},
+    "softmin": {"4096 columns": matrix(4096, -1)},
+    "cross_entropy": {
+        "131072 classes": cross_entropy,
+        "smoothed": lambda d, toy: cross_entropy(d, toy, label_smoothing=0.1),
+        "z-loss, soft cap": lambda d, toy: cross_entropy(d, toy, z_loss=1e-4, softcap=30.0),
+    },
+    "linear_cross_entropy": {f"{n} tokens": linear_cross_entropy(n) for n in (4096, 16384, 32768)},
+    "relu": {"4096 columns": matrix(4096)},
+    "gelu": {"4096 columns": matrix(4096)},
+    "silu": {"4096 columns": matrix(4096)},
+    "tanh": {"4096 columns": matrix(4096)},
+    "sigmoid": {"4096 columns": matrix(4096)},
+    "glu": {"8192 columns": matrix(8192)},
+    "swiglu": {"14336 columns": matrix(14336, tensors=2)},
+    "geglu": {"14336 columns": matrix(14336, tensors=2)},
+    "reglu": {"14336 columns": matrix(14336, tensors=2)},
+    "bias_activation": {name: bias_activation(name) for name in ("relu", "gelu", "silu")},
+    "gated_mlp": {"8192 tokens": gated_mlp},
+    "mlp": {"8192 tokens": mlp},
+    "rotary_embedding": {"halves": rotary(False), "interleaved": rotary(True)},
+    "dropout": {"4096 columns": matrix(4096, 0.1, True)},
+    "causal_conv1d": {"state-space model": causal_conv1d},
+    "conv2d": {"depthwise": depthwise(False), "depthwise, channels last": depthwise(True)},
+    "conv2d_activation": {"3 × 3": convolution_activation},
+    "max_pool2d": {"112 × 112": max_pool2d},
+    "embedding": {"131072 rows": embedding},
+}
+"""Ops that share a kernel with one that is here (softmin, dropout2d ...) need no row of their own."""

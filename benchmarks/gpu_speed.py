@@ -1,0 +1,159 @@
+"""The stages of `make gpu` that measure speed, memory and traffic, beside torch's own, torch.compile's and Liger's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from random import Random
+from typing import Any
+
+import gpu_timing as timing
+import torch
+from gpu_cases import CASES
+from gpu_common import TOY, fused, outcome, running
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from bptoolkit import OPS
+from bptoolkit.bench import saved_bytes
+from bptoolkit.cases import Case, Draw
+
+WARM_UP = "import sys, gpu_speed; gpu_speed.warm_up(sys.argv[1])"
+
+
+def warm(run: Any) -> None:
+    """Compile what the next stages run, many processes at a time, into the caches of Triton and Inductor on disk."""
+    names = [name for name in fused(run) if name in CASES]
+    for _ in run.todo("warm", ["caches"]):
+        if run.rehearse:
+            warm_up(names[0], run.device, TOY)
+            run.ledger.add("warm", "caches", "ok", ops=1)
+            continue
+
+        def job(name: str) -> bool:
+            try:
+                return not subprocess.run(
+                    [sys.executable, "-c", WARM_UP, name], capture_output=True, timeout=max(5, run.left())
+                ).returncode
+            except subprocess.TimeoutExpired:
+                return False
+
+        with ThreadPoolExecutor(max(1, min(10, (os.cpu_count() or 2) - 2))) as pool:
+            done = list(pool.map(job, names))
+        late = [name for name, fine in zip(names, done) if not fine]
+        run.ledger.add("warm", "caches", "ok", ops=sum(done), late=", ".join(late) or "none")
+
+
+def warm_up(name: str, device: str = "cuda", toy: int = 1) -> None:
+    """One run of each case of an op, its kernel first; then of the first case by torch.compile."""
+    with running(device):
+        op = OPS[name]
+        for make in CASES[name].values():
+            outcome(
+                lambda *a, **k: op.call(*a, **k, backend="triton"),
+                make(Draw(Random(0), dtype=torch.bfloat16, device=device), toy),
+            )
+        if device == "cuda":
+            make = next(iter(CASES[name].values()))
+            outcome(torch.compile(op.peer or op.reference), make(Draw(Random(0), dtype=torch.bfloat16, device=device), toy))
+
+
+def speed(run: Any) -> None:
+    """Each kernel beside torch's own, and Liger's where it is installed; bytes moved against the ceiling."""
+    _speed(run, "speed", {f"{name} | {label}": make for name in fused(run) for label, make in CASES.get(name, {}).items()})
+
+
+def compiled(run: Any) -> None:
+    """The first case of each beside torch.compile of torch's own."""
+    first = {name: next(iter(CASES[name].items())) for name in fused(run) if name in CASES}
+    _speed(run, "compiled", {f"{name} | {label}": make for name, (label, make) in first.items()})
+
+
+def _speed(run: Any, stage: str, cases: dict[str, Any]) -> None:
+    ceiling = next((r["copy_gbs"] for r in run.ledger.records if r["name"] == "ceilings"), None)
+    for name in run.todo(stage, list(cases)[:2] if run.rehearse else cases):
+        try:
+            figures = row(OPS[name.split(" | ")[0]], cases[name], run, stage == "compiled", ceiling)
+            run.ledger.add(stage, name, figures.pop("status"), **figures)
+        except torch.cuda.OutOfMemoryError:
+            run.ledger.add(stage, name, "none", why="out of memory")
+        except Exception as error:
+            run.ledger.add(stage, name, "failed", error=f"{type(error).__name__}: {error}"[:600])
+        finally:
+            if run.device == "cuda":
+                torch.cuda.empty_cache()
+
+
+def row(op: Any, make: Any, run: Any, compiled: bool, ceiling: float | None) -> dict[str, Any]:
+    """The figures of one call, bfloat16; forward, and forward with backward."""
+    case = make(Draw(Random(0), dtype=torch.bfloat16, device=run.device), TOY if run.rehearse else 1)
+    peer = op.peer or op.reference
+    variants: dict[str, Callable[..., Any]] = {"ours": lambda *a, **k: op.call(*a, **k, backend="triton")}
+    if compiled:
+        torch._dynamo.reset()
+        variants["compile"] = torch.compile(peer, backend="eager" if run.rehearse else "inductor")
+    else:
+        variants["torch"] = peer
+        liger = liger_of(op.name)
+        if liger is not None:
+            variants["liger"] = liger
+    calls = {name: (lambda fn=fn: values(fn, case)) for name, fn in variants.items()}
+    cots = [torch.randn_like(o) for o in calls["ours"]()]
+    both = {name: (lambda call=call: gradients(call(), case, cots)) for name, call in calls.items()}
+    same = op.random or all(torch.equal(a, b) for f in (calls["ours"], both["ours"]) for a, b in zip(f(), f(), strict=True))
+    seconds = 0.02 if run.rehearse else 0.4
+    forward = dict(zip(calls, timing.medians(list(calls.values()), run.device, seconds)))
+    total = dict(zip(both, timing.medians(list(both.values()), run.device, seconds)))
+    least = traffic(case, calls["ours"], cots)
+    figures: dict[str, Any] = {"status": "ok"} if same else {"status": "failed", "error": "another run gave other bits"}
+    for name in variants:
+        figures[f"{name}_forward_ms"], figures[f"{name}_both_ms"] = forward[name], total[name]
+        figures[f"{name}_peak_mib"] = timing.peak(both[name], run.device) / 2**20
+        figures[f"{name}_saved_mib"] = saved_bytes(calls[name]) / 2**20
+    figures |= {"least_forward_mib": least[0] / 2**20, "least_both_mib": least[1] / 2**20}
+    if ceiling:
+        figures["forward_of_ceiling"] = least[0] / forward["ours"] / 1e6 / ceiling
+        figures["both_of_ceiling"] = least[1] / total["ours"] / 1e6 / ceiling
+    return figures
+
+
+def values(fn: Callable[..., Any], case: Case) -> list[Tensor]:
+    return [o for o in tree_flatten(fn(*case.args, **case.kwargs))[0] if isinstance(o, Tensor) and o.requires_grad]
+
+
+def gradients(out: list[Tensor], case: Case, cots: list[Tensor]) -> tuple[Any, ...]:
+    leaves = [t for t in tree_flatten(tuple(case))[0] if isinstance(t, Tensor) and t.requires_grad]
+    return torch.autograd.grad(out, leaves, cots[: len(out)], allow_unused=True, materialize_grads=True)
+
+
+def traffic(case: Case, call: Callable[[], list[Tensor]], cots: list[Tensor]) -> tuple[int, int]:
+    """The fewest bytes forward can move, each input read and each output written once; and forward and backward together."""
+
+    def size(tensors: Any) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    leaves = [t for t in tree_flatten(tuple(case))[0] if isinstance(t, Tensor)]
+    forward = size(leaves) + size(call())
+    return forward, forward + size(cots) + saved_bytes(call) + size(t for t in leaves if t.requires_grad)
+
+
+def liger_of(name: str) -> Callable[..., Any] | None:
+    """Liger-Kernel's function with the op's signature, or None where it is not installed or has none."""
+    try:
+        functional = import_module("liger_kernel.transformers.functional")
+    except ImportError:
+        return None
+    table: dict[str, Callable[..., Any]] = {
+        "layer_norm": lambda x, shape, w, b, eps=1e-5: functional.liger_layer_norm(x, w, b, eps),
+        "rms_norm": lambda x, shape, w, eps=1e-6: functional.liger_rms_norm(x, w, eps, in_place=False),
+        "softmax": lambda x, dim: functional.liger_softmax(x),
+        "swiglu": lambda a, b: functional.liger_swiglu(a, b),
+        "geglu": lambda a, b: functional.liger_geglu(a, b),
+        "cross_entropy": lambda x, k, **kw: functional.liger_cross_entropy(x.clone(), k, **kw),  # it writes over its input
+        "linear_cross_entropy": lambda x, w, k: functional.liger_fused_linear_cross_entropy(x, w, k),
+    }
+    return table.get(name)
