@@ -119,7 +119,7 @@ def test_a_replay_that_is_run_as_code(mine, tmp_path):
 
 def test_one_seed_gives_one_search(mine):
     module = mine(STRIDE)
-    a, b = (check(module.Mine, LINEAR, reference=F.linear, seed=3, quick=True) for _ in range(2))
+    a, b = (check(module.Mine, LINEAR, reference=F.linear, seed=3, quick=True, budget=1e6) for _ in range(2))
     a.seconds = b.seconds = 0
     assert a.as_dict() == b.as_dict()
 
