@@ -51,8 +51,10 @@ def main(argv: list[str]) -> int:
         print(f"{package:12} {found or 'not installed':12} {'' if found else 'needed for '}{what}")
     print(f"\nCPU          {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if reads_past_slices():
-        print("             bfloat16 products of slices read past them, a fault of this torch on this CPU: NaN beside a slice comes in,")
-        print("             and verify alarms on it; ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment helps")
+        print(
+            "             bfloat16 products read past slices, a fault of this torch on this CPU: NaN beside a slice comes in,"
+        )
+        print("             and verify alarms; ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment helps")
     gpu = torch.cuda.is_available()
     for k in range(torch.cuda.device_count() if gpu else 0):
         major, minor = torch.cuda.get_device_capability(k)

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bptoolkit import OPS
 from bptoolkit.table import main as ops_main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_readme_snippets_run(tmp_path):
@@ -26,6 +27,9 @@ def test_readme_snippets_run(tmp_path):
         assert done.returncode == 0, block + done.stderr
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="the table has a module that torch has from 2.13 on"
+)
 def test_readme_table_is_fresh(capsys):
     assert ops_main(["--markdown", str(ROOT / "README.md"), "--check"]) == 0, capsys.readouterr().out
 

@@ -12,13 +12,23 @@ from bptoolkit.table import between, markdown
 
 BEGIN, END = "<!-- kernels: bptoolkit kernels --markdown docs/kernels.md -->", "<!-- end of kernels -->"
 FIELDS = ("registers", "spilled", "shared", "instructions", "wide_loads", "wide_stores", "tensor_core")
-HEADER = ["kernel", "part", "registers", "spilled", "shared bytes", "instructions", "16-byte loads", "16-byte stores", "matrix"]
+PARTS = ("sm_80", "sm_90", "sm_100", "gfx942")
+HEADER = ["kernel", "registers", "spilled", "shared bytes", "instructions", "16-byte loads", "16-byte stores", "matrix"]
 
 
 def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The Markdown table of measurements, "kernel @ part" -> what it uses."""
-    rows = [[*name.split(" @ "), *(str(entry[f]) for f in FIELDS)] for name, entry in entries.items()]
-    return markdown(HEADER, rows)
+    """The Markdown table of measurements "kernel @ part" -> what it uses: a row a kernel, parts side by side if they differ."""
+    kernels: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, entry in entries.items():
+        kernel, part = name.split(" @ ")
+        kernels.setdefault(kernel, {})[part] = entry
+    found = {part for of in kernels.values() for part in of}
+    parts = [p for p in PARTS if p in found]
+    rows = []
+    for kernel in sorted(kernels):
+        cells = [[str(kernels[kernel][p][f]) if p in kernels[kernel] else "–" for p in parts] for f in FIELDS]
+        rows.append([kernel, *(c[0] if len(set(c)) == 1 else " / ".join(c) for c in cells)])
+    return f"{' / '.join(parts)}\n\n{markdown(HEADER, rows)}"
 
 
 class Record:
