@@ -94,11 +94,35 @@ def reglu_backward(dy, a, b, need):
     return da, db
 
 
-KEPT = {"a": "a b", "b": "a"}
-GLU_RULE = Rule("glu", glu_forward, glu_backward, inputs="x", outputs="y")
-SWIGLU_RULE = Rule("swiglu", swiglu_forward, swiglu_backward, inputs="a b", outputs="y", uses=KEPT)
-GEGLU_RULE = Rule("geglu", geglu_forward, geglu_backward, inputs="a b", outputs="y", uses=KEPT)
-REGLU_RULE = Rule("reglu", reglu_forward, reglu_backward, inputs="a b", outputs="y", uses=KEPT)
+def glu_kernel():
+    from bptoolkit.triton_kernels.gated import GLU
+
+    return GLU
+
+
+def swiglu_kernel():
+    from bptoolkit.triton_kernels.gated import SWIGLU
+
+    return SWIGLU
+
+
+def geglu_kernel():
+    from bptoolkit.triton_kernels.gated import GEGLU
+
+    return GEGLU
+
+
+def reglu_kernel():
+    from bptoolkit.triton_kernels.gated import REGLU
+
+    return REGLU
+
+
+KEPT: dict[str, Any] = {"inputs": "a b", "outputs": "y", "uses": {"a": "a b", "b": "a"}}
+GLU_RULE = Rule("glu", glu_forward, glu_backward, inputs="x", outputs="y", kernel=glu_kernel)
+SWIGLU_RULE = Rule("swiglu", swiglu_forward, swiglu_backward, **KEPT, kernel=swiglu_kernel)
+GEGLU_RULE = Rule("geglu", geglu_forward, geglu_backward, **KEPT, kernel=geglu_kernel)
+REGLU_RULE = Rule("reglu", reglu_forward, reglu_backward, **KEPT, kernel=reglu_kernel)
 
 
 def glu(input: Tensor, dim: int = -1, *, backend: str = "auto") -> Tensor:

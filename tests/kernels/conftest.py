@@ -28,7 +28,7 @@ class _Torch:
 
     def empty(self, *args, **kw):
         shape = args[0] if isinstance(args[0], (tuple, list, torch.Size)) else args
-        return self._fill(torch.empty(*shape, **kw))
+        return self._fill(torch.empty(shape, **kw))
 
     def empty_like(self, *args, **kw):
         return self._fill(torch.empty_like(*args, **kw))
