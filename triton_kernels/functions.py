@@ -49,8 +49,9 @@ def gelu_tanh(x):
 @triton.jit
 def gelu_tanh_slope(x):
     x2 = x * x
-    s = tl.sigmoid(1.5957691216057308 * (x * (1 + 0.044715 * x2)))
-    return s * (1 + x * (1 - s) * (1.5957691216057308 * (1 + 3 * 0.044715 * x2)))
+    z = 1.5957691216057308 * (x * (1 + 0.044715 * x2))
+    s, t = tl.sigmoid(z), tl.sigmoid(-z)  # t = 1 − s, which would lose digits just where the last factor is large
+    return s * (1 + x * t * (1.5957691216057308 * (1 + 3 * 0.044715 * x2)))
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bptoolkit.triton_kernels.activation import GELUS
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.elementwise import in_order, matrices, memory_format, place, read, strides, tile, tiles, write
 from bptoolkit.triton_kernels.functions import activate, chain
@@ -150,11 +151,11 @@ def swiglu_backward(dy, a, b, need):
 
 
 def geglu_forward(a, b, approximate):
-    return FORWARD(a, b, NAMES[approximate])
+    return FORWARD(a, b, GELUS[approximate])
 
 
 def geglu_backward(dy, a, b, approximate, need):
-    return wanted(BACKWARD(dy, a, b, NAMES[approximate], list(need)), need)
+    return wanted(BACKWARD(dy, a, b, GELUS[approximate], list(need)), need)
 
 
 def reglu_forward(a, b):
@@ -163,9 +164,6 @@ def reglu_forward(a, b):
 
 def reglu_backward(dy, a, b, need):
     return wanted(BACKWARD(dy, a, b, "relu", list(need)), need)
-
-
-NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def wanted(gradients, need):

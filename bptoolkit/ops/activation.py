@@ -102,11 +102,41 @@ def gelu_backward(dy, x, approximate):
     return chain(gelu_tanh_slope if approximate == "tanh" else gelu_slope, dy, x)
 
 
-RELU_RULE = Rule("relu", relu_forward, relu_backward, inputs="x", outputs="y")
-TANH_RULE = Rule("tanh", tanh_forward, tanh_backward, inputs="x", outputs="y")
-SIGMOID_RULE = Rule("sigmoid", sigmoid_forward, sigmoid_backward, inputs="x", outputs="y")
-SILU_RULE = Rule("silu", silu_forward, silu_backward, inputs="x", outputs="y")
-GELU_RULE = Rule("gelu", gelu_forward, gelu_backward, inputs="x", outputs="y")
+def relu_kernel():
+    from bptoolkit.triton_kernels.activation import RELU
+
+    return RELU
+
+
+def tanh_kernel():
+    from bptoolkit.triton_kernels.activation import TANH
+
+    return TANH
+
+
+def sigmoid_kernel():
+    from bptoolkit.triton_kernels.activation import SIGMOID
+
+    return SIGMOID
+
+
+def silu_kernel():
+    from bptoolkit.triton_kernels.activation import SILU
+
+    return SILU
+
+
+def gelu_kernel():
+    from bptoolkit.triton_kernels.activation import GELU
+
+    return GELU
+
+
+RELU_RULE = Rule("relu", relu_forward, relu_backward, inputs="x", outputs="y", kernel=relu_kernel)
+TANH_RULE = Rule("tanh", tanh_forward, tanh_backward, inputs="x", outputs="y", kernel=tanh_kernel)
+SIGMOID_RULE = Rule("sigmoid", sigmoid_forward, sigmoid_backward, inputs="x", outputs="y", kernel=sigmoid_kernel)
+SILU_RULE = Rule("silu", silu_forward, silu_backward, inputs="x", outputs="y", kernel=silu_kernel)
+GELU_RULE = Rule("gelu", gelu_forward, gelu_backward, inputs="x", outputs="y", kernel=gelu_kernel)
 
 
 def relu(input: Tensor, inplace: bool = False, *, backend: str = "auto") -> Tensor:
