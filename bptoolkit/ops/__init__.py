@@ -13,6 +13,7 @@ NAMES = (
     "activation_hard",
     "activation_smooth",
     "gated",
+    "bias_activation",
     "softmax",
     "conv",
     "conv_transpose",
