@@ -67,6 +67,7 @@ from bptoolkit.ops.gated import geglu as geglu
 from bptoolkit.ops.gated import glu as glu
 from bptoolkit.ops.gated import reglu as reglu
 from bptoolkit.ops.gated import swiglu as swiglu
+from bptoolkit.ops.gated_mlp import gated_mlp as gated_mlp
 from bptoolkit.ops.grid_sample import affine_grid as affine_grid
 from bptoolkit.ops.grid_sample import grid_sample as grid_sample
 from bptoolkit.ops.group_norm import group_norm as group_norm
@@ -109,6 +110,7 @@ from bptoolkit.ops.max_unpool import max_unpool2d as max_unpool2d
 from bptoolkit.ops.max_unpool import max_unpool3d as max_unpool3d
 from bptoolkit.ops.min_rnn import min_gru as min_gru
 from bptoolkit.ops.min_rnn import min_lstm as min_lstm
+from bptoolkit.ops.mlp import mlp as mlp
 from bptoolkit.ops.mse_loss import mse_loss as mse_loss
 from bptoolkit.ops.multihead_attention import multi_head_attention_forward as multi_head_attention_forward
 from bptoolkit.ops.normalize import local_response_norm as local_response_norm

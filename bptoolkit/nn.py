@@ -1,6 +1,7 @@
 """The modules, under the names and with the constructors, parameters and state_dict of torch.nn; and blocks."""
 
 from bptoolkit.layers.dense_block import DenseBlock as DenseBlock
+from bptoolkit.layers.gated_mlp import GatedMLP as GatedMLP
 from bptoolkit.layers.highway import Highway as Highway
 from bptoolkit.layers.residual import Residual as Residual
 from bptoolkit.layers.self_normalizing import SelfNormalizing as SelfNormalizing

@@ -72,6 +72,8 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "glu": lambda n, s: (r(20 + s, n, 6),),
     **dict.fromkeys(("swiglu", "geglu", "reglu"), lambda n, s: (r(20 + s, n), r(20 + s, n))),
     "bias_activation": lambda n, s: (r(20 + s, n, 6), r(6)),
+    "gated_mlp": lambda n, s: (r(20 + s, n, 6), r(7, 6), r(7, 6), r(5, 7)),
+    "mlp": lambda n, s: (r(20 + s, n, 6), r(7, 6), r(7), r(5, 7), r(5)),
     "rrelu": lambda n, s: (r(20 + s, n), 0.1, 0.3, False),
     "batch_norm": lambda n, s: (r(20 + s, 3, n), None, None, r(3), r(3), True),
     "group_norm": lambda n, s: (r(20 + s, 6, n), 2, r(6), r(6)),

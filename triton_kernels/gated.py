@@ -74,11 +74,12 @@ def _launch_backward(dy: Tensor, a: Tensor, b: Tensor | None, name: str, need: l
     da, db = _fake_backward(dy, a, b, name, need)
     if a.numel():
         M, N, inputs = matrices(*in_order(memory_format(a), dy, a, b))
-        _backward(inputs, (None, None), (da if need[0] else None, db if need[1] else None, None), N, M, N, name)
+        launch_backward(inputs, (None, None), (da if need[0] else None, db if need[1] else None, None), N, M, N, name)
     return da, db
 
 
-def _backward(inputs, more, outputs, om, M, N, name):
+def launch_backward(inputs, more, outputs, om, M, N, name):
+    """Launch the backward on matrices. inputs: dy, a, b; more: what is added to da, db; outputs: da, db, y; any may be None."""
     BM, BN, warps = tile(M, N, WARP)
     shape = (*strides(*inputs), om, M, N, name, BM, BN)
     backward_kernel[tiles(M, N, BM, BN)](*inputs, *more, *outputs, *shape, num_warps=warps, enable_fp_fusion=True)
@@ -120,7 +121,7 @@ def _launch_glu_backward(dy: Tensor, x: Tensor, dim: int) -> Tensor:
         _, (db, da) = halves(dx, x, dim)
         M, N, inputs = matrices(*in_order(memory_format(x), dy), a, b, rows=rows)
         da, db = da.view(M, N), db.view(M, N)
-        _backward(inputs, (None, None), (da, db, None), da.stride(0), M, N, "sigmoid")
+        launch_backward(inputs, (None, None), (da, db, None), da.stride(0), M, N, "sigmoid")
     return dx
 
 

@@ -14,6 +14,8 @@ NAMES = (
     "activation_smooth",
     "gated",
     "bias_activation",
+    "gated_mlp",
+    "mlp",
     "softmax",
     "conv",
     "conv_transpose",
