@@ -57,6 +57,12 @@ def backward(dy, x, c, s, interleaved, need):
     return dx, dc, ds
 
 
+def kernel():
+    from bptoolkit.triton_kernels.rotary import KERNEL
+
+    return KERNEL
+
+
 RULE = Rule(
     "rotary_embedding",
     forward,
@@ -64,6 +70,7 @@ RULE = Rule(
     inputs="x c s",
     outputs="y",
     uses={"x": "c s", "c": "x c s", "s": "x c s"},
+    kernel=kernel,
 )
 
 
@@ -98,7 +105,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
     lead, over = x.shape[:-1], cos.shape[:-1]
     if len(over) > len(lead) or any(n != 1 and n != m for n, m in zip(reversed(over), reversed(lead))):
         raise ValueError(f"{name}: cos has shape {tuple(cos.shape)}; it cannot be broadcast over x {tuple(x.shape)}")
-    return RULE(x, cos, sin, interleaved, backend=OP.pick(RULE, backend, x, cos, sin))
+    return RULE(x, cos, sin, interleaved, backend=OP.pick(RULE, backend, x, cos, sin, interleaved))
 
 
 def apply_rotary(
