@@ -5,12 +5,8 @@ import triton.language as tl
 
 
 @triton.jit
-def keep(i, seed, threshold):
-    """Whether element i (int64) is kept.
-
-    seed: pointer to two int32. threshold: `bptoolkit.randomness.threshold(p)`, an int32; nothing is kept at p = 1, which the
-    launcher sees to.
-    """
+def hashed(i, seed):
+    """The hash, int32, of element i (int64). seed: pointer to two int32."""
     k0 = tl.load(seed).to(tl.uint32, bitcast=True)
     k1 = tl.load(seed + 1).to(tl.uint32, bitcast=True)
     high = (i >> 32).to(tl.uint32)
@@ -21,4 +17,14 @@ def keep(i, seed, threshold):
     h = h * 0xAC4C1B51
     h = h ^ (h >> 15)
     h = h * 0x31848BAB
-    return h.to(tl.int32, bitcast=True) < threshold
+    return h.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def keep(i, seed, threshold):
+    """Whether element i (int64) is kept.
+
+    seed: pointer to two int32. threshold: `bptoolkit.randomness.threshold(p)`, an int32; at p = 0 everything is kept, which the
+    launcher sees to.
+    """
+    return hashed(i, seed) < threshold

@@ -67,7 +67,13 @@ def backward(dy, s, p, lead, alpha):
     return masked(lambda dy, k: dy * (k * a), dy, s, p, lead), None
 
 
-RULE = Rule("dropout", forward, backward, inputs="x s", outputs="y")
+def kernel():
+    from bptoolkit.triton_kernels.dropout import KERNEL
+
+    return KERNEL
+
+
+RULE = Rule("dropout", forward, backward, inputs="x s", outputs="y", kernel=kernel)
 
 
 def run(op: Op, x: Tensor, p: float, training: bool, inplace: bool, backend: str, lead: int | None, alpha: bool) -> Tensor:
@@ -75,12 +81,13 @@ def run(op: Op, x: Tensor, p: float, training: bool, inplace: bool, backend: str
     check_floating(op.name, "input", x)
     if not 0 <= p <= 1:
         raise ValueError(f"{op.name}: p={p}; the probability of an element to be dropped lies between 0 and 1")
-    backend = op.pick(RULE, backend, x)
+    lead = x.dim() if lead is None else lead
+    backend = op.pick(RULE, backend, x, None, p, lead, alpha)  # the seed is not drawn yet
     if not training or p == 0 or x.numel() == 0:
         return x
     if inplace:
         refuse_leaf(op.name, x)
-    y = RULE(x, randomness.draw_seed(x), float(p), x.dim() if lead is None else lead, alpha, backend=backend)
+    y = RULE(x, randomness.draw_seed(x), float(p), lead, alpha, backend=backend)
     return x.copy_(y) if inplace else y
 
 

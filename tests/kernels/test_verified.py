@@ -26,4 +26,5 @@ def test_verified(name, device, one_seed):
     kernel = replace(op, call=partial(op.call, backend="triton"))
     judged = [p for p in QUICK if p not in LEFT_OUT]
     report = verify.assert_correct(kernel, quick=True, cases=2 if name in SOME else 1, properties=judged, budget=60)
-    assert report.calls["forward_value"] and report.calls["gradient_value"] and report.calls["dtypes"]
+    assert report.calls["forward_value"] and report.calls["gradient_value"]
+    assert report.calls["dtypes"] or op.random  # which is judged in one dtype
