@@ -42,6 +42,9 @@ from bptoolkit.ops.avg_pool import AvgPool3d as AvgPool3d
 from bptoolkit.ops.batch_norm import BatchNorm1d as BatchNorm1d
 from bptoolkit.ops.batch_norm import BatchNorm2d as BatchNorm2d
 from bptoolkit.ops.batch_norm import BatchNorm3d as BatchNorm3d
+from bptoolkit.ops.batch_norm_relu import BatchNormReLU1d as BatchNormReLU1d
+from bptoolkit.ops.batch_norm_relu import BatchNormReLU2d as BatchNormReLU2d
+from bptoolkit.ops.batch_norm_relu import BatchNormReLU3d as BatchNormReLU3d
 from bptoolkit.ops.bilinear import Bilinear as Bilinear
 from bptoolkit.ops.binary_cross_entropy import BCELoss as BCELoss
 from bptoolkit.ops.binary_cross_entropy import BCEWithLogitsLoss as BCEWithLogitsLoss

@@ -26,6 +26,7 @@ NAMES = (
     "pixel_shuffle",
     "layer_norm",
     "batch_norm",
+    "batch_norm_relu",
     "group_norm",
     "instance_norm",
     "rms_norm",

@@ -14,7 +14,9 @@ Source    Ioffe & Szegedy, "Batch Normalization", arXiv 1502.03167, Algorithm 1 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +52,13 @@ def normalized(x, w, b, mean, var, training, momentum, eps):
         return kernel.no_stats(x, w, b, True, momentum, eps)
     y, m, r = kernel(x, w, b, mean, var, training, momentum, eps)  # in training it updates mean and var
     if not training:  # the CPU's kernel returns no statistics then
-        m, r = wide(mean).clone(), (wide(var) + eps).rsqrt()
+        m, r = given(mean, var, eps)
     return y, m, r
+
+
+def given(mean, var, eps):
+    """Evaluation's m and r."""
+    return wide(mean).clone(), (wide(var) + eps).rsqrt()
 
 
 def backward(dy, dm, dr, x, w, b, m, r, training, need):
@@ -103,23 +110,38 @@ def batch_norm(
             one value per channel, eps is not positive, or the named backend cannot run the call.
         TypeError: a tensor is not of floating point, or the dtypes do not go together.
     """
-    check_input("batch_norm", input)
-    C = input.shape[1]
-    check_per_channel("batch_norm", input, C, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    check_eps("batch_norm", eps, positive=training)
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"batch_norm: {missing} is None but the other is not; give both running statistics or neither")
-    if not training and running_mean is None:
-        raise ValueError("batch_norm: running_mean and running_var are None; training=False needs them")
-    if training and input.shape[0] * prod(input.shape[2:]) == 1:
-        raise ValueError(f"batch_norm: input has shape {tuple(input.shape)}, one value per channel; training=True needs more")
-    args = (input, weight, bias, running_mean, running_var, bool(training), momentum, eps)
+    args = checked("batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps)
     return RULE(*args, backend=OP.pick(RULE, backend, *args))[0]
 
 
-def run(module: nn.modules.batchnorm._BatchNorm, input: Tensor, backend: str) -> Tensor:
-    """A module's forward: it counts the batches, and with momentum None averages over all of them."""
+def checked(
+    op: str,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Any, ...]:
+    """The rule's arguments, after the checks that go with them."""
+    check_input(op, input)
+    C = input.shape[1]
+    check_per_channel(op, input, C, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check_eps(op, eps, positive=training)
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{op}: {missing} is None but the other is not; give both running statistics or neither")
+    if not training and running_mean is None:
+        raise ValueError(f"{op}: running_mean and running_var are None; training=False needs them")
+    if training and input.shape[0] * prod(input.shape[2:]) == 1:
+        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, one value per channel; training=True needs more")
+    return input, weight, bias, running_mean, running_var, bool(training), momentum, eps
+
+
+def run(call: Callable[..., Tensor], module: Any, input: Tensor) -> Tensor:
+    """A module's forward, by a function of these arguments: it counts the batches, and with momentum None averages over all."""
     module._check_input_dim(input)
     tracking = module.training and module.track_running_stats
     momentum = 0.0 if module.momentum is None else module.momentum
@@ -131,7 +153,7 @@ def run(module: nn.modules.batchnorm._BatchNorm, input: Tensor, backend: str) ->
     training = module.training or (mean is None and var is None)
     if module.training and not module.track_running_stats:
         mean = var = None
-    return batch_norm(input, mean, var, module.weight, module.bias, training, momentum, module.eps, backend=backend)
+    return call(input, mean, var, module.weight, module.bias, training, momentum, module.eps, backend=module.backend)
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -140,7 +162,7 @@ class BatchNorm1d(nn.BatchNorm1d):
     backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
 
     def forward(self, input: Tensor) -> Tensor:
-        return run(self, input, self.backend)
+        return run(batch_norm, self, input)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -149,7 +171,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     backend: str = "auto"
 
     def forward(self, input: Tensor) -> Tensor:
-        return run(self, input, self.backend)
+        return run(batch_norm, self, input)
 
 
 class BatchNorm3d(nn.BatchNorm3d):
@@ -158,7 +180,7 @@ class BatchNorm3d(nn.BatchNorm3d):
     backend: str = "auto"
 
     def forward(self, input: Tensor) -> Tensor:
-        return run(self, input, self.backend)
+        return run(batch_norm, self, input)
 
 
 def reference(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
