@@ -5,7 +5,7 @@ Maths     z = (x − m) r w + b        y = max(z, 0)        m, r and their gradi
 Letters   x, y, z of shape N C *I; w, b, m and r of shape C, m and r residual outputs that the public function hides; dt is the
           gradient of the loss by t, in t's shape
 Numerics  z is not kept: backward computes it again from x by the formula that forward used, in the same order, so that a
-          gradient passes exactly where y is not 0. In a half dtype z is rounded before it is compared. NaN passes, in y and in dx
+          gradient passes exactly where y is not 0. A half z is rounded before it is compared. NaN passes, in y and in dx
 Source    Ioffe & Szegedy, "Batch Normalization", arXiv 1502.03167, §3; recomputation as in Pleiss et al., "Memory-Efficient
           Implementation of DenseNets", arXiv 1707.06990, §3
 """
@@ -97,21 +97,21 @@ def batch_norm_relu(
 
 
 class BatchNormReLU1d(BatchNorm1d):
-    """`torch.nn.BatchNorm1d` and the relu after it, in one node; parameters, buffers and state_dict are those of BatchNorm1d."""
+    """`torch.nn.BatchNorm1d` and the relu after it, in one node; same parameters, buffers, state_dict and arguments."""
 
     def forward(self, input: Tensor) -> Tensor:
         return run(batch_norm_relu, self, input)
 
 
 class BatchNormReLU2d(BatchNorm2d):
-    """`torch.nn.BatchNorm2d` and the relu after it, in one node; parameters, buffers and state_dict are those of BatchNorm2d."""
+    """`torch.nn.BatchNorm2d` and the relu after it, in one node; same parameters, buffers, state_dict and arguments."""
 
     def forward(self, input: Tensor) -> Tensor:
         return run(batch_norm_relu, self, input)
 
 
 class BatchNormReLU3d(BatchNorm3d):
-    """`torch.nn.BatchNorm3d` and the relu after it, in one node; parameters, buffers and state_dict are those of BatchNorm3d."""
+    """`torch.nn.BatchNorm3d` and the relu after it, in one node; same parameters, buffers, state_dict and arguments."""
 
     def forward(self, input: Tensor) -> Tensor:
         return run(batch_norm_relu, self, input)

@@ -54,8 +54,8 @@ def extreme_forward(x, sign, kernel, stride, padding, dilation, ceil_mode, size,
     return sign * y, i
 
 
-def extreme_backward(dy, x, i, kernel, stride, dilation, size, last):
-    return x.sign() * max_pool.backward(dy, i, kernel, stride, dilation, size, last)
+def extreme_backward(dy, x, i, kernel, stride, padding, dilation, size, last):
+    return x.sign() * max_pool.backward(dy, i, kernel, stride, padding, dilation, size, last)
 
 
 EXTREME_RULE = Rule("lp_pool_extreme", extreme_forward, extreme_backward, inputs="x", outputs="y i", constants="i")

@@ -31,12 +31,16 @@ def forward(x, kernel, stride, padding, dilation, ceil_mode, size, last):
     return POOLS[len(kernel) - 1](x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)  # *B Y, *B Y
 
 
-def backward(dy, i, kernel, stride, dilation, size, last):
-    if any(k > 1 and d > X for k, d, X in zip(kernel, dilation, size)):
-        # The window steps over all of x, from −1 to X: it holds nothing, y is −∞, and torch's i is no place in x.
+def backward(dy, i, kernel, stride, padding, dilation, size, last):
+    if hollow(padding, dilation, size):
         dy, i = torch.where(i < 0, dy, 0.0), i.clamp(max=0)  # i < 0 nowhere
     overlap = any(s < d * (k - 1) + 1 for k, s, d in zip(kernel, stride, dilation))
     return scatter(dy, i, size, last, overlap)  # *B X
+
+
+def hollow(padding, dilation, size):
+    """Whether the window, there is but one then, steps over all of x: y is −∞, and torch's i is no place in x."""
+    return any(-p % d >= X for p, d, X in zip(padding, dilation, size))  # its first place that is not before x
 
 
 RULE = Rule("max_pool", forward, backward, inputs="x", outputs="y i", constants="i")

@@ -57,6 +57,21 @@ def test_max_pool_of_windows_that_hold_nothing():
         assert dx.shape == x.shape and dx.eq(0).all()
 
 
+def test_max_pool_of_dilation_past_the_end():
+    """With ceil_mode a window may reach past the end by more than the input's length: it holds a place at its beginning."""
+    torch.manual_seed(0)
+    ranges = range(1, 6), (2, 3, 4, 5), range(1, 14), range(1, 9), (0, 1, 2)
+    tried = 0
+    for X, k, s, d, p in itertools.product(*ranges):
+        if d > X and p <= k // 2 and X + 2 * p - d * (k - 1) - 1 + s - 1 >= 0 and any(0 <= t * d - p < X for t in range(k)):
+            x = torch.randn(2, 2, X, dtype=torch.float64)
+            torch.testing.assert_close(*both("max_pool1d", x, k, s, p, d, True, return_indices=True))
+            tried += 1
+    assert tried > 100
+    x = torch.randn(1, 2, 4, 6, dtype=torch.float64)
+    torch.testing.assert_close(*both("max_pool2d", x, 2, (3, 1), 0, (5, 1), True))
+
+
 def test_every_adaptive_window():
     torch.manual_seed(0)
     for X, Y in itertools.product(range(1, 10), range(1, 14)):
