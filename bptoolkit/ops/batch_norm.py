@@ -67,6 +67,12 @@ def backward(dy, dm, dr, x, w, b, m, r, training, need):
     return dx, dw, db, None, None
 
 
+def kernel():
+    from bptoolkit.triton_kernels.batch_norm import KERNEL
+
+    return KERNEL
+
+
 RULE = Rule(
     "batch_norm",
     forward,
@@ -74,6 +80,7 @@ RULE = Rule(
     inputs="x w b running_mean running_var",
     outputs="y m r",
     uses={"x": "x w m r", "w": "x w m r", "b": "b", "running_mean": "", "running_var": ""},
+    kernel=kernel,
 )
 
 

@@ -48,6 +48,12 @@ def backward(dy, dm, dr, x, w, b, m, r, training, need):
     return batch_norm.backward(dz, dm, dr, x, w, b, m, r, training, need)
 
 
+def kernel():
+    from bptoolkit.triton_kernels.batch_norm import RELU
+
+    return RELU
+
+
 KEPT = "x w b m r"
 RULE = Rule(
     "batch_norm_relu",
@@ -56,6 +62,7 @@ RULE = Rule(
     inputs="x w b running_mean running_var",
     outputs="y m r",
     uses={"x": KEPT, "w": KEPT, "b": KEPT, "running_mean": "", "running_var": ""},
+    kernel=kernel,
 )
 
 
