@@ -7,17 +7,25 @@ Maths     ℓ = − Σ_c r_c log p_c,  p = softmax(x),  r the target in shares o
           dx_c = dℓ (p_c Σ_c r_c − r_c),  dq_c = − dℓ w_c (1 − ε) log p_c,  dw_c = − Σ_n dℓ_n (r_nc / w_c) log p_nc
           The sum has dℓ_n = dl. The mean l = Σ_n ℓ_n / W has dℓ_n = dl / W, W = N for probabilities; for indices it is
           W = Σ_n w_{k_n} over what is not ignored, whence dw_c also has − dl (l / W) Σ_n [c = k_n].
+
+          With indices there may be, before the reduction, ζ w_k z² in each ℓ, nothing where the index is ignored, with
+          z = log Σ_c e^x_c: dx_c has dℓ 2 ζ w_k z p_c besides, dw_c has Σ_n [c = k_n] dℓ_n ζ z_n²; and before all of it
+          x = κ tanh(y / κ), of the logits y: dy = dx (1 − tanh²(y / κ)).
 Letters   l the reduced loss; n runs over N samples and the positions *D of each, c over C classes
           x logits N C *D; k class indices N *D, or q probabilities N C *D; w class weights C; ε smoothing
-Numerics  half tensors are computed in float32; the N C log-probabilities are not kept, x is; the mean over nothing is NaN,
-          as in torch
+          ζ z_loss; κ softcap; m the largest x of a sample and s = log Σ_c e^(x_c − m), so that z = m + s: residual outputs
+          N *D, hidden by the public function; ds is the gradient by s, and m is a constant: p and z are the same for any
+Numerics  half tensors are computed in float32; the N C log-probabilities are not kept, x is; log p = (x − m) − s, and not
+          x − z, which is rounded to the size of the logits; p_k − 1 is expm1(log p_k); the mean over nothing is NaN, as in
+          torch
 Source    Bridle, "Probabilistic interpretation of feedforward classification network outputs", 1990, eq. 12;
-          label smoothing: Szegedy et al., "Rethinking the Inception architecture", 2016, section 7
+          label smoothing: Szegedy et al., "Rethinking the Inception architecture", 2016, section 7; z_loss: Chowdhery et al.,
+          "PaLM", 2022, section 5; softcap: Gemma Team, "Gemma 2", 2024, section 2
 """
 
 from __future__ import annotations
 
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +33,12 @@ from torch.nn import functional as F
 
 from bptoolkit.blocks import by_rows
 from bptoolkit.cases import Case, Draw
-from bptoolkit.function import Rule
+from bptoolkit.function import Rule, unwatched
 from bptoolkit.op import FLOAT32, Op
+from bptoolkit.ops.class_indices import at_index as at_index
+from bptoolkit.ops.class_indices import check_classes as check_classes
 from bptoolkit.ops.reduction import REDUCTIONS, reduce, resolve
 from bptoolkit.precision import wide
-from bptoolkit.shapes import check_alike, check_floating
 
 
 def cotangent(dl, shape, W, reduction):
@@ -47,54 +56,81 @@ def sum_to_classes(t):
     return t.sum((0, *range(2, t.dim())))  # N C *D -> C
 
 
-def at_index(x, w, k, ignore):
-    """The index, 0 where it is the ignored one; where it is not; the weight of its class, 0 where it is. N *D each."""
-    counts = k != ignore
-    k = torch.where(counts, k, 0)
-    wk = wide(counts.to(x.dtype)) if w is None else torch.where(counts, wide(w)[k], 0)
-    return k, counts, wk
+def capped(x, softcap):
+    """The logits that the classes compete with, in what is computed in; dense, as torch's softmax is."""
+    x = wide(x).contiguous()
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
-def forward(x, w, k, ignore, reduction, smoothing):
+def forward(x, w, k, ignore, reduction, smoothing, z_loss, softcap):
     k, counts, wk = at_index(x, w, k, ignore)
 
     def rule(x, k, wk):
-        logp = torch.log_softmax(wide(x), 1)  # N C *D
-        l = (smoothing - 1) * wk * logp.gather(1, k.unsqueeze(1)).squeeze(1)  # N *D
-        if smoothing:
-            l = l - (smoothing / x.shape[1]) * (logp if w is None else along_classes(w, x) * logp).sum(1)
-        return l
+        a = capped(x, softcap)  # N C *D
+        m = a.amax(1)  # N *D
+        a = a - m.unsqueeze(1)
+        s = a.exp().sum(1).log()  # N *D
+        l = (smoothing - 1) * wk * (a.gather(1, k.unsqueeze(1)).squeeze(1) - s)  # N *D
+        if smoothing and w is None:
+            l = l - (smoothing / x.shape[1]) * (a.sum(1) - x.shape[1] * s)
+        elif smoothing:
+            l = l - (smoothing / x.shape[1]) * ((along_classes(w, x) * a).sum(1) - wide(w).sum() * s)
+        if z_loss:
+            l = l + z_loss * wk * (m + s).square()
+        return torch.stack((l, m, s), 1)  # N 3 *D
 
-    l = torch.where(counts, by_rows(rule, x, k, wk), 0)  # N *D
-    return reduce(l, wk.sum(), reduction).to(x.dtype)
+    l, m, s = by_rows(rule, x, k, wk).unbind(1)  # N *D
+    l = reduce(torch.where(counts, l, 0), wk.sum(), reduction)
+    return l.to(x.dtype), m.clone(), s.clone()
 
 
-def backward(dl, x, w, k, l, ignore, reduction, smoothing, need):
-    k, counts, wk = at_index(x, w, k, ignore)
-    W, C = wk.sum(), x.shape[1]
-    d = torch.where(counts, cotangent(dl, k.shape, W, reduction), 0)  # N *D: dℓ
+def backward(dl, ds, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap, need):
+    index, counts, wk = at_index(x, w, k, ignore)
+    d = share(dl, counts, wk, reduction)  # N *D: dℓ
     hit = (1 - smoothing) * d * wk  # N *D: dℓ r's part at the index
-    flat = (smoothing / C) * d if smoothing else None  # N *D: and its part in every class, without w
-    dx = dw = None
+    flat = (smoothing / x.shape[1]) * d if smoothing else None  # N *D: and its part in every class, without w
+    dx = None
     if need.x:
-        row = hit if flat is None else hit + flat * (C if w is None else wide(w).sum())  # N *D: dℓ Σ_c r_c
+        rest = torch.zeros_like(hit) if ds is None else ds  # N *D: p's factor but for hit
+        if flat is not None:
+            rest = rest + flat * (x.shape[1] if w is None else wide(w).sum())
+        if z_loss:
+            rest = rest + 2 * z_loss * d * wk * (m + s)
 
-        def rule(x, k, row, hit, flat):
-            dx = row.unsqueeze(1) * torch.softmax(wide(x), 1)  # N C *D
-            dx = dx.scatter_add_(1, k.unsqueeze(1), -hit.unsqueeze(1))  # dx is new: nothing else has seen it
+        def rule(x, k, m, s, rest, hit, flat):
+            a = capped(x, softcap)
+            at = a.gather(1, k.unsqueeze(1)).squeeze(1) - m - s  # N *D: log p_k
+            at = hit * torch.expm1(at) + rest * at.exp()
+            dx = (hit + rest).unsqueeze(1) * torch.softmax(a, 1)  # N C *D
+            put = dx.scatter_ if unwatched(x, dl, ds) else dx.scatter  # dx is new: nothing else has seen it
+            dx = put(1, k.unsqueeze(1), at.unsqueeze(1))
             if flat is not None:
                 dx = dx - (flat.unsqueeze(1) if w is None else flat.unsqueeze(1) * along_classes(w, x))
-            return dx.to(x.dtype)
+            return (dx if softcap is None else dx * (1 - (a / softcap).square())).to(x.dtype)
 
-        dx = by_rows(rule, x, k, row, hit, flat)
-    if need.w:
-        logp = torch.log_softmax(wide(x), 1)  # N C *D
-        at = (smoothing - 1) * d * logp.gather(1, k.unsqueeze(1)).squeeze(1)  # N *D
-        if reduction == "mean":
-            at = at - torch.where(counts, wide(dl) * l / W, 0)
-        dw = torch.zeros_like(wide(w)).index_add(0, k.reshape(-1), at.reshape(-1))  # C
-        dw = (dw if flat is None else dw - sum_to_classes(flat.unsqueeze(1) * logp)).to(w.dtype)
-    return dx, dw, None
+        dx = by_rows(rule, x, index, m, s, rest, hit, flat)
+    return dx, by_weight(dl, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap) if need.w else None, None
+
+
+def share(dl, counts, wk, reduction):
+    """The cotangent of each ℓ, N *D; 0 where the index is the ignored one, and where nothing flows into the loss."""
+    return torch.zeros_like(wk) if dl is None else torch.where(counts, cotangent(dl, wk.shape, wk.sum(), reduction), 0)
+
+
+def by_weight(dl, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap):
+    """dw."""
+    k, counts, wk = at_index(x, w, k, ignore)
+    d = share(dl, counts, wk, reduction)  # N *D
+    logp = capped(x, softcap) - m.unsqueeze(1) - s.unsqueeze(1)  # N C *D
+    at = (smoothing - 1) * d * logp.gather(1, k.unsqueeze(1)).squeeze(1)  # N *D
+    if z_loss:
+        at = at + z_loss * d * (m + s).square()
+    if reduction == "mean" and dl is not None:
+        at = at - torch.where(counts, wide(dl) * l / wk.sum(), 0)
+    dw = torch.zeros_like(wide(w)).index_add(0, k.reshape(-1), at.reshape(-1))  # C
+    if smoothing:
+        dw = dw - (smoothing / x.shape[1]) * sum_to_classes(d.unsqueeze(1) * logp)
+    return dw.to(w.dtype)
 
 
 def smoothed(q, smoothing):
@@ -133,7 +169,15 @@ def backward_probabilities(dl, x, q, w, reduction, smoothing, need):
     return dx, dq, dw
 
 
-RULE = Rule("cross_entropy", forward, backward, inputs="x w k", outputs="l", uses={"x": "x w k", "w": "x w k l"})
+RULE = Rule(
+    "cross_entropy",
+    forward,
+    backward,
+    inputs="x w k",
+    outputs="l m s",
+    constants="m",
+    uses={"x": "x w k m s", "w": "x w k l m s"},
+)
 PROBABILITIES = Rule(
     "cross_entropy_probabilities",
     forward_probabilities,
@@ -154,9 +198,14 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Cross entropy between logits and classes, as `torch.nn.functional.cross_entropy`.
+
+    With `z_loss` every sample's loss has z_loss · z² besides, z = log Σ e^x, which keeps the logits from drifting: times the
+    weight of its class, as the loss itself is, so that the mean divides it by the same sum; nothing for an ignored sample.
 
     Args:
         input: logits (C,), (N, C) or (N, C, *D), floating point.
@@ -167,6 +216,8 @@ def cross_entropy(
         reduce: deprecated, see reduction.
         reduction: "none", "mean" or "sum".
         label_smoothing: the share of the target spread over all classes, in [0, 1].
+        z_loss: the factor of z², not negative; with indices only.
+        softcap: c, positive: the logits are c · tanh(input / c), z's too; with indices only.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
@@ -174,80 +225,41 @@ def cross_entropy(
 
     Raises:
         ValueError: shapes that disagree, an index out of range (checked on the CPU, outside transforms), a label_smoothing
-            outside [0, 1], an ignore_index with probabilities, no classes, or a reduction that does not exist.
+            outside [0, 1], a negative z_loss, a softcap that is not positive, one of these two or an ignore_index with
+            probabilities, no classes, or a reduction that does not exist.
         TypeError: a target that is neither int64, uint8 nor of input's dtype, or tensors of several dtypes.
     """
     reduction = resolve("cross_entropy", reduction, size_average, reduce)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing={label_smoothing} is outside [0, 1]")
+    if not 0 <= z_loss < inf:
+        raise ValueError(f"cross_entropy: z_loss={z_loss} is not a finite number >= 0")
+    if softcap is not None and not 0 < softcap < inf:
+        raise ValueError(f"cross_entropy: softcap={softcap} is not a finite number > 0")
     input, target, weight = OP.cast(input, target, weight)
     indices = check_classes("cross_entropy", input, target, weight, ignore_index)
     if indices and target.dtype == torch.uint8:
         target = target.long()
     x, t = (input.unsqueeze(0), target.unsqueeze(0)) if input.dim() == 1 else (input, target)
     if indices:
-        l = RULE(x, weight, t, ignore_index, reduction, label_smoothing, backend=OP.pick(RULE, backend, x, weight))
+        args = (x, weight, t, ignore_index, reduction, label_smoothing, z_loss, softcap)
+        l = RULE(*args, backend=OP.pick(RULE, backend, *args))[0]
+    elif z_loss or softcap is not None:
+        raise ValueError(f"cross_entropy: z_loss={z_loss} and softcap={softcap} go with class indices, not with probabilities")
     else:
         l = PROBABILITIES(x, t, weight, reduction, label_smoothing, backend=OP.pick(PROBABILITIES, backend, x, t, weight))
     return l.squeeze(0) if reduction == "none" and input.dim() == 1 else l
 
 
-def check_classes(op: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None) -> bool:
-    """Raise for arguments that disagree; whether the target is of class indices."""
-    check_floating(op, "input", input)
-    if input.dim() == 0:
-        raise ValueError(f"{op}: input has no dimensions; it needs (C), (N C) or (N C *D)")
-    C = input.shape[0 if input.dim() == 1 else 1]
-    if C == 0:
-        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, which has no classes")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{op}: target must be a tensor, not {type(target).__name__}")
-    if target.device != input.device:
-        raise ValueError(f"{op}: target is on {target.device} but input is on {input.device}")
-    if weight is not None:
-        check_floating(op, "weight", weight)
-        check_alike(op, "input", input, "weight", weight)
-        if weight.shape != (C,):
-            raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; input {tuple(input.shape)} has C={C} classes")
-    if target.dtype.is_floating_point:
-        check_alike(op, "input", input, "target", target)
-        if target.shape != input.shape:
-            raise ValueError(
-                f"{op}: target of class probabilities has shape {tuple(target.shape)} but input {tuple(input.shape)}"
-            )
-        if ignore_index is not None and ignore_index >= 0:
-            raise ValueError(f"{op}: ignore_index={ignore_index} goes with class indices, not with probabilities")
-        return False
-    if target.dtype != torch.int64 and target.dtype != torch.uint8:
-        raise TypeError(f"{op}: target is {target.dtype}; class indices must be int64 or uint8, probabilities {input.dtype}")
-    wanted = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
-    if target.shape != wanted:
-        raise ValueError(
-            f"{op}: target of class indices has shape {tuple(target.shape)}; input {tuple(input.shape)} needs {tuple(wanted)}"
-        )
-    if type(target) is Tensor and target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
-        _check_range(op, target, C, ignore_index)
-    return True
-
-
-def _check_range(op: str, target: Tensor, C: int, ignore_index: int | None) -> None:
-    """Raise for an index that is no class; looks at values, so only where nothing transforms or traces."""
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return
-    low, high = (int(v) for v in torch.aminmax(target))
-    if low >= 0 and high < C:
-        return
-    wrong = target[((target < 0) | (target >= C)) & (target != ignore_index)]
-    if wrong.numel():
-        raise ValueError(
-            f"{op}: target holds {int(wrong.flatten()[0])}, which is no class of 0..{C - 1} and not ignore_index={ignore_index}"
-        )
-
-
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss` with the backward above; same buffer and arguments."""
+    """`torch.nn.CrossEntropyLoss` with the backward above; same buffer and arguments.
+
+    What torch's lacks is an attribute, as `backend` is: an instance may set its own `z_loss` and `softcap`.
+    """
 
     backend = "auto"
+    z_loss: float = 0.0
+    softcap: float | None = None
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(
@@ -257,8 +269,21 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
             backend=self.backend,
         )
+
+
+def reference(input, target, weight=None, *args, z_loss=0.0, softcap=None, ignore_index=-100, reduction="mean", **kwargs):
+    x = input if softcap is None else softcap * torch.tanh(input / softcap)
+    l = F.cross_entropy(x, target, weight, *args, ignore_index=ignore_index, reduction=reduction, **kwargs)
+    if not z_loss:
+        return l
+    counts = target != ignore_index
+    v = x.new_ones(target.shape) if weight is None else weight[torch.where(counts, target, 0)]
+    v = torch.where(counts, v, 0)
+    return l + reduce(z_loss * v * torch.logsumexp(x, 0 if x.dim() == 1 else 1).square(), v.sum(), reduction)
 
 
 def case(draw: Draw) -> Case:
@@ -276,6 +301,10 @@ def case(draw: Draw) -> Case:
     k = draw.integers(0, C, *(() if len(shape) == 1 else (N, *D)))
     if draw.flag() and k.device.type != "meta" and bool((k != 0).any()):  # not all ignored: that mean has no derivative
         kwargs["ignore_index"] = 0
+    if draw.flag():
+        kwargs["z_loss"] = draw.choice((0.01, 0.3))
+    if draw.flag():
+        kwargs["softcap"] = draw.choice((2.0, 30.0))
     return Case((x, k, weight), kwargs)  # by its weight, torch's cannot be differentiated with indices
 
 
@@ -298,7 +327,7 @@ def bench_probabilities(draw: Draw) -> Case:
 OP = Op(
     name="cross_entropy",
     call=cross_entropy,
-    reference=F.cross_entropy,
+    reference=reference,
     rules=(RULE, PROBABILITIES),
     module=(CrossEntropyLoss,),
     replaces=(nn.CrossEntropyLoss,),

@@ -25,7 +25,7 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import FLOAT32_CUDA
 from bptoolkit.ops.binary_cross_entropy import LOGITS_RULE, same_shape, weight_like
-from bptoolkit.ops.cross_entropy import check_classes
+from bptoolkit.ops.class_indices import check_classes
 from bptoolkit.ops.loss_hinge import total
 from bptoolkit.ops.reduction import REDUCTIONS, floating, loss_op, reduce, resolve, share, values_readable
 from bptoolkit.precision import wide

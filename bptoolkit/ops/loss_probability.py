@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule, unwatched
-from bptoolkit.ops.cross_entropy import at_index, check_classes
+from bptoolkit.ops.class_indices import at_index, check_classes
 from bptoolkit.ops.reduction import REDUCTIONS, broadcast, chain, loss_op, reduce, reduced, resolve, share
 from bptoolkit.precision import wide
 

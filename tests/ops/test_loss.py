@@ -99,6 +99,49 @@ def test_weights_are_differentiable(reduction, smoothing, shape):
     assert torch.autograd.gradcheck(lambda x, w: ours(x, w, k), (x, w), check_forward_ad=True, check_batched_grad=True)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("z_loss, softcap", [(0.2, None), (0.0, 1.5), (0.2, 1.5)])
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 4), (3,)])
+def test_z_loss_and_softcap(reduction, smoothing, z_loss, softcap, shape):
+    """Against the definition, twice: z² goes with the weight of the class, as ℓ does; an ignored sample has none."""
+
+    def definition(x, w, k):
+        x = x if softcap is None else softcap * (x / softcap).tanh()
+        x, k = (x[None], k[None]) if x.dim() == 1 else (x, k)
+        z, counts = x.logsumexp(1), k != 1
+        r = (1 - smoothing) * F.one_hot(k, 3).double().movedim(-1, 1) + smoothing / 3
+        l = (w.reshape(-1, *(1,) * (x.dim() - 2)) * r * (z.unsqueeze(1) - x)).sum(1) + z_loss * w[k] * z.square()
+        l = l * counts
+        if reduction == "none":
+            return l.reshape(shape[:1] + shape[2:] if len(shape) > 1 else ())
+        return l.sum() if reduction == "sum" else l.sum() / (w[k] * counts).sum()
+
+    def ours(x, w, k):
+        options = {"label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap}
+        return bp.functional.cross_entropy(x, k, w, ignore_index=1, reduction=reduction, **options)
+
+    torch.manual_seed(0)
+    x, w = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.rand(3, dtype=torch.float64, requires_grad=True)
+    k = torch.randint(0, 3, shape[:1] + shape[2:]) if len(shape) > 1 else torch.tensor(2)
+    results = []
+    for fn in (ours, definition):
+        y = fn(x, w, k)
+        g = torch.autograd.grad(y.sin().sum(), (x, w), create_graph=True)
+        results.append((y, g, torch.autograd.grad(sum(t.cos().sum() for t in g), (x, w))))
+    close(*results)
+    assert torch.autograd.gradcheck(lambda x, w: ours(x, w, k), (x, w), check_forward_ad=True, check_batched_grad=True)
+
+
+def test_a_class_that_is_almost_sure():
+    """p − 1 of a class with p near 1, which is the gradient, is not a difference of near equals."""
+    x = torch.tensor([[3.0, -3.0, -4.0]]) * 2
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(bp.functional.cross_entropy(x, torch.tensor([0])), x)
+    (exact,) = torch.autograd.grad(F.cross_entropy(y := x.detach().double().requires_grad_(), torch.tensor([0])), y)
+    close(dx.double(), exact, rtol=1e-2, atol=0)  # what is left is the rounding of 1 + Σ in the logarithm
+
+
 def test_layout_of_the_gradient():
     """Pixels: the gradient has the layout that torch gives it, no transposed one."""
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -137,7 +180,7 @@ def test_the_logits_are_what_is_kept():
     from bptoolkit.bench import saved_bytes
 
     x, k = torch.randn(64, 1000, requires_grad=True), torch.randint(0, 1000, (64,))
-    assert saved_bytes(lambda: bp.functional.cross_entropy(x, k)) == 64 * 1000 * 4 + 64 * 8
+    assert saved_bytes(lambda: bp.functional.cross_entropy(x, k)) == 64 * 1000 * 4 + 64 * 8 + 2 * 64 * 4  # x, k, m, s
 
 
 def test_modules():
@@ -146,6 +189,8 @@ def test_modules():
     theirs = torch.nn.CrossEntropyLoss(w, ignore_index=1, reduction="sum", label_smoothing=0.1)
     x, k = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     close(ours(x, k), theirs(x, k))
+    ours.z_loss, ours.softcap = 0.1, 2.0
+    close(ours(x, k), bp.functional.cross_entropy(x, k, w, None, 1, None, "sum", 0.1, z_loss=0.1, softcap=2.0))
     assert ours.state_dict().keys() == theirs.state_dict().keys() and repr(ours) == repr(theirs)
     x, t = torch.randn(4, 5), torch.randn(4, 5)
     close(bp.nn.MSELoss(reduction="sum")(x, t), torch.nn.MSELoss(reduction="sum")(x, t))
@@ -197,6 +242,10 @@ X, K = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
         (lambda f: f.cross_entropy(X.long(), K), TypeError, "input is torch.int64"),
         (lambda f: f.cross_entropy(X, K, torch.rand(4)), ValueError, r"weight has shape \(4,\).*C=5"),
         (lambda f: f.cross_entropy(X, K, label_smoothing=1.5), ValueError, "1.5"),
+        (lambda f: f.cross_entropy(X, K, z_loss=-0.1), ValueError, "z_loss=-0.1"),
+        (lambda f: f.cross_entropy(X, K, softcap=0.0), ValueError, "softcap=0.0"),
+        (lambda f: f.cross_entropy(X, X.softmax(1), z_loss=0.1), ValueError, "go with class indices"),
+        (lambda f: f.cross_entropy(X, X.softmax(1), softcap=1.0), ValueError, "go with class indices"),
         (lambda f: f.cross_entropy(X, X.softmax(1), ignore_index=2), ValueError, "ignore_index=2"),
         (lambda f: f.cross_entropy(X[:, :0], K), ValueError, r"\(4, 0\), which has no classes"),
         (lambda f: f.cross_entropy(X, K, reduction="avg"), ValueError, "'avg'.*'mean'"),
