@@ -68,9 +68,29 @@ def along(rule, y, dy, dim):
     return by_rows(lambda y, dy: rule(y, dy, 1), y.reshape(rows), dy.reshape(rows)).reshape(y.shape)
 
 
-SOFTMAX_RULE = Rule("softmax", softmax_forward, softmax_backward, inputs="x", outputs="y")
-LOG_SOFTMAX_RULE = Rule("log_softmax", log_softmax_forward, log_softmax_backward, inputs="x", outputs="y")
-SOFTMIN_RULE = Rule("softmin", softmin_forward, softmin_backward, inputs="x", outputs="y")
+def softmax_kernel():
+    from bptoolkit.triton_kernels.softmax import SOFTMAX
+
+    return SOFTMAX
+
+
+def log_softmax_kernel():
+    from bptoolkit.triton_kernels.softmax import LOG_SOFTMAX
+
+    return LOG_SOFTMAX
+
+
+def softmin_kernel():
+    from bptoolkit.triton_kernels.softmax import SOFTMIN
+
+    return SOFTMIN
+
+
+SOFTMAX_RULE = Rule("softmax", softmax_forward, softmax_backward, inputs="x", outputs="y", kernel=softmax_kernel)
+LOG_SOFTMAX_RULE = Rule(
+    "log_softmax", log_softmax_forward, log_softmax_backward, inputs="x", outputs="y", kernel=log_softmax_kernel
+)
+SOFTMIN_RULE = Rule("softmin", softmin_forward, softmin_backward, inputs="x", outputs="y", kernel=softmin_kernel)
 
 
 def _prepared(op: Op, x: Tensor, dim: int | None, dtype: torch.dtype | None, stacklevel: int) -> tuple[Tensor, int]:
