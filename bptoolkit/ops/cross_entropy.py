@@ -169,6 +169,12 @@ def backward_probabilities(dl, x, q, w, reduction, smoothing, need):
     return dx, dq, dw
 
 
+def kernel():
+    from bptoolkit.triton_kernels.cross_entropy import KERNEL
+
+    return KERNEL
+
+
 RULE = Rule(
     "cross_entropy",
     forward,
@@ -177,6 +183,7 @@ RULE = Rule(
     outputs="l m s",
     constants="m",
     uses={"x": "x w k m s", "w": "x w k l m s"},
+    kernel=kernel,
 )
 PROBABILITIES = Rule(
     "cross_entropy_probabilities",
