@@ -42,6 +42,7 @@ from bptoolkit.ops.batch_norm_relu import batch_norm_relu as batch_norm_relu
 from bptoolkit.ops.bilinear import bilinear as bilinear
 from bptoolkit.ops.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
 from bptoolkit.ops.binary_cross_entropy import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from bptoolkit.ops.causal_conv1d import causal_conv1d as causal_conv1d
 from bptoolkit.ops.conv import conv1d as conv1d
 from bptoolkit.ops.conv import conv2d as conv2d
 from bptoolkit.ops.conv import conv3d as conv3d

@@ -48,6 +48,7 @@ from bptoolkit.ops.batch_norm_relu import BatchNormReLU3d as BatchNormReLU3d
 from bptoolkit.ops.bilinear import Bilinear as Bilinear
 from bptoolkit.ops.binary_cross_entropy import BCELoss as BCELoss
 from bptoolkit.ops.binary_cross_entropy import BCEWithLogitsLoss as BCEWithLogitsLoss
+from bptoolkit.ops.causal_conv1d import CausalConv1d as CausalConv1d
 from bptoolkit.ops.conv import Conv1d as Conv1d
 from bptoolkit.ops.conv import Conv2d as Conv2d
 from bptoolkit.ops.conv import Conv3d as Conv3d

@@ -18,6 +18,7 @@ NAMES = (
     "mlp",
     "softmax",
     "conv",
+    "causal_conv1d",
     "conv_transpose",
     "fold",
     "interpolate",
