@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import DTYPES, LAYOUTS, both_rules, double, each_dtype, normal
+from fused import DTYPES, LAYOUTS, both_rules, double, each_dtype, near, normal
 
 import bptoolkit as bp
 from bptoolkit.ops.layer_norm import RULE
@@ -22,7 +22,7 @@ def run(x, w, b, D, *, need=(True, True, True), eps=1e-5, **cotangents):
 SIZES = [
     *product((1, 31, 32, 33, 97, 200), (33, 64)),
     *product((1, 2, 7, 9), (1000, 1024, 1025)),
-    *product((1, 5), (31, 32, file.LONGEST)),
+    *product((1, 5), (31, 32, file.HELD)),
     *product((3, 2049, 6200), (1,)),
 ]
 
@@ -32,9 +32,38 @@ def test_sizes(device, M, N):
     run(normal(M, N, device=device), normal(N, device=device, seed=4), normal(N, device=device, seed=5), 1)
 
 
+LONG = [(1, file.HELD + 1), (5, 3 * file.LONG_TILE), (1, 4 * file.LONG_TILE - 1)]
+
+
+@pytest.mark.parametrize("M, N", LONG)
+@pytest.mark.parametrize("of_dy", ["columns two apart", "one element for all"])
+def test_long_rows(device, M, N, of_dy):
+    """Longer than what a program holds: either side of a tile, strides that are not those of dense rows."""
+    x, dy = LAYOUTS["off by one element"](normal(M, N, device=device)), LAYOUTS[of_dy](normal(M, N, device=device, seed=1))
+    run(x, normal(N, device=device, seed=4), normal(N, device=device, seed=5), 1, dy=dy)
+
+
+def test_the_longest_row(device):
+    """Forward alone: the interpreter takes its time."""
+    x = normal(1, file.LONGEST, device=device)
+    y, _, r = file.KERNEL.forward(x, None, None, 1, 1e-5)
+    want, _, r64 = RULE.forward(x.double(), None, None, 1, 1e-5)
+    near(y, want, x.dtype)
+    near(r, r64, x.dtype)
+
+
+@pytest.mark.parametrize("cotangents", [(True, False, True), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("need", [(True, True, False), (False, False, True)], ids=str)
+def test_long_rows_of_which_not_all_is_given_and_needed(device, need, cotangents):
+    N = file.HELD + 7
+    w, b = (normal(N, device=device, seed=k) if k == 4 or need[2] else None for k in (4, 5))
+    left_out = {name: None for name, given in zip(("dy", "dm", "dr"), cotangents) if not given}
+    run(normal(2, N, device=device), w, b, 1, need=need, **left_out)
+
+
 @each_dtype
 @pytest.mark.parametrize("parameters", ["same", "float32", "none"])
-@pytest.mark.parametrize("M, N", [(33, 65), (5, 1024)])
+@pytest.mark.parametrize("M, N", [(33, 65), (5, 1024), (1, file.HELD + 5)])
 def test_dtypes(device, dtype, parameters, M, N):
     """Without parameters too: beside float32 ones a half tensor that is not upcast on loading would be so by promotion."""
     w, b = (normal(N, dtype=DTYPES.get(parameters, dtype), device=device, seed=k) for k in (4, 5))
@@ -91,21 +120,31 @@ def test_zero_sizes(device, shape, D):
     assert dx.shape == x.shape and dw.shape == db.shape == w.shape and not dw.any() and not db.any()
 
 
-def test_large_mean(device):
+@pytest.mark.parametrize("N", [300, file.HELD + 1000])
+def test_large_mean(device, N):
     """The variance is that of x − mean, not the mean of squares less the square of the mean, which would be off by a tenth."""
-    x = normal(7, 300, device=device) + 1000
+    x = normal(4, N, device=device) + 1000
     y, m, r = file.KERNEL.forward(x, None, None, 1, 1e-5)
     dx = file.KERNEL.backward(x.cos(), None, None, x, None, None, m, r, 1, RULE.Need(True, False, False))[0]
     x2 = x.double().requires_grad_()
-    y2 = F.layer_norm(x2, (300,))
+    y2 = F.layer_norm(x2, (N,))
     for got, want in ((y, y2), (dx, torch.autograd.grad(y2, x2, x.cos().double())[0])):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=2 * 1000 * torch.finfo(torch.float32).eps)
 
 
-def test_one_row_of_nan(device):
+def test_rows_of_steps(device):
+    """Means that differ from tile to tile are part of the variance."""
+    N = file.HELD + 3000
+    x = normal(2, N, device=device) + 100 * (torch.arange(N, device=device) // 4000)
+    run(x, None, None, 1, need=(True, False, False))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("N", [20, file.HELD + 20])
+def test_one_row_of_nan(device, N, bad):
     """It stays in its row, though other rows share its tile."""
-    x = normal(6, 20, device=device)
-    x[2, 3] = torch.nan
+    x = normal(6, N, device=device)
+    x[2, 3] = bad
     y, m, r = file.KERNEL.forward(x, None, None, 1, 1e-5)
     dx, _, _ = file.KERNEL.backward(x.cos(), None, None, x, None, None, m, r, 1, RULE.Need(True, False, False))
     for t in (y, dx):
