@@ -17,6 +17,7 @@ from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense, programs
 from bptoolkit.triton_kernels.norms import (
     HELD,
+    HELD_MASKED,
     LONG_TILE,
     LONGEST,
     backward_kernel,
@@ -103,7 +104,8 @@ def run_backward(
             if t is not None:
                 t.zero_()
         return
-    BM, BN, warps = tile(N, WARP)
+    held = HELD if seed is None else HELD_MASKED
+    BM, BN, warps = tile(N, WARP, held)
     options = {"num_warps": warps, "enable_fp_fusion": True}
     zero = torch.zeros((), dtype=s.dtype, device=s.device)
     s2, dy2 = s.reshape(M, N), (zero.expand(s.shape) if dy is None else dy).reshape(M, N)
@@ -111,7 +113,7 @@ def run_backward(
     statistics = (*map(dense, (w, mean, rstd)), dense(seed))
     steps = (*dy2.stride(), *((0, 0) if ds2 is None else ds2.stride()), *s2.stride())
     read = (dy2, ds2, *map(dense, (dm, dr)), s2, *statistics)
-    if N > HELD and not (dx is None and da is None):
+    if held < N and not (dx is None and da is None):
         long_backward_kernel[(M,)](*read, dx, da, *steps, N, *_dropout(seed, p), LONG_TILE, **options)
         dx = da = None
     sums = [t for t in (dw, db) if t is not None]

@@ -23,11 +23,12 @@ from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.randomness import keep
 
 HELD = 8192  # elements of a row: more would spill registers in backward, with its two sums; the gate in aot.py says so
+HELD_MASKED = 4096  # elements, in backward with dropout
 LONGEST = 1 << 18  # elements of a row: its program works on it alone, and there may be no other
 TILE = 2048  # elements, for rows that are shorter than that
 LONG_TILE = 4096  # elements, of longer rows than HELD
 COLUMNS = 1024  # of a tile of LONG_TILE elements, for dw and db
-PER_THREAD = 16  # elements of a tile
+PER_THREAD = 16  # elements of a tile; of longer rows than HELD half as many
 OTHER_TYPES = {"seed": "i32"} | dict.fromkeys(("mean", "rstd", "dm", "dr", "dw", "db"), "fp32")
 
 
@@ -181,6 +182,10 @@ def backward_kernel(
         DY = read(dy, m, n, dym, dyn, mask)  # BM BN
         r = tl.load(rstd + m, rows, other=0.0)  # BM
         xh = normalized(s, m, n, sm, sn, mean, r, rows, mask)  # BM BN; where it is not of s, DY is 0
+        if dw is not None:
+            dW += DY * xh
+        if db is not None:
+            dB += DY
         if dx is not None or da is not None:
             G = DY
             if w is not None:
@@ -193,10 +198,6 @@ def backward_kernel(
                 c2 += tl.load(dr + m, rows, other=0.0) * r / N
             D = slope(G, xh, c1, c2, r, ds, dm, m, n, dsm, dsn, N, rows, mask)  # BM BN
             write_slopes(D, dx, da, seed, m, n, N, threshold, scale, mask)
-        if dw is not None:
-            dW += DY * xh
-        if db is not None:
-            dB += DY
     if dw is not None:
         tl.store(dw + p.to(tl.int64) * N + n, tl.sum(dW, 0), columns)
     if db is not None:
@@ -236,10 +237,12 @@ def long_backward_kernel(
         write_slopes(D, dx, da, seed, m, n, N, threshold, scale, mask)
 
 
-def tile(N: int, warp: int) -> tuple[int, int, int]:
-    """BM, BN and the number of warps, of `warp` threads each, for rows of N elements; of longer rows than HELD, for dw and db."""
-    BN = triton.next_power_of_2(N) if N <= HELD else COLUMNS
-    BM = max(1, (TILE if N <= HELD else LONG_TILE) // BN)
+def tile(N: int, warp: int, held: int = HELD) -> tuple[int, int, int]:
+    """BM, BN and how many warps, of `warp` threads each, for rows of N elements; for longer ones than held, of dw and db."""
+    if held < N:
+        return LONG_TILE // COLUMNS, COLUMNS, 2 * LONG_TILE // (PER_THREAD * warp)
+    BN = triton.next_power_of_2(N)
+    BM = max(1, TILE // BN)
     return BM, BN, min(max(BM * BN // (PER_THREAD * warp), 1), 1024 // warp)
 
 
@@ -253,26 +256,27 @@ def compilations(name: str, warp: int, *, centred: bool, added: bool = False, dr
     forward = [*x, *seed, "w", "b", "y", *both] if centred else [*x, *seed, "w", "y", *both]
     slopes = ["dy", *ds, "s", "w", *both, *seed, "dx", *["da"] * dropout]
     sums = ["dw", "db"] if centred else ["dw"]
+    held = HELD_MASKED if dropout else HELD
+    long = {"BN": LONG_TILE}
     every = []
     for t in ("bf16", "fp32"):
-        for N in (64, 1024, HELD, LONGEST):
+
+        def add(label, kernel, pointers, N, tiles, warps, t=t):
+            every.append(_spec(f"{name}{label} {t} {N}", kernel, pointers, t, tiles, warps))
+
+        for N in (64, 1024, HELD):
             BM, BN, warps = tile(N, warp)
-            tiles = {"BM": BM, "BN": BN}
-            if N <= HELD:
-                every.append(_spec(f"{name} {t} {N}", forward_kernel, forward, t, tiles, warps))
-                every.append(_spec(f"{name} backward {t} {N}", backward_kernel, slopes + sums, t, tiles, warps))
-                if N == HELD:
-                    label = f"{name} backward second order {t} {N}"
-                    every.append(_spec(label, backward_kernel, slopes + sums + second, t, tiles, warps))
-                continue
-            long = {"BN": LONG_TILE}
-            every.append(_spec(f"{name} {t} {N}", long_forward_kernel, forward, t, long, warps))
-            every.append(_spec(f"{name} backward {t} {N}", long_backward_kernel, slopes, t, long, warps))
-            label = f"{name} backward second order {t} {N}"
-            every.append(_spec(label, long_backward_kernel, slopes + second, t, long, warps))
-            if not added:  # the others have the same
-                of_sums = ["dy", "s", *both, *sums]
-                every.append(_spec(f"{name} backward of w {t} {N}", backward_kernel, of_sums, t, tiles, warps))
+            add("", forward_kernel, forward, N, {"BM": BM, "BN": BN}, warps)
+        for N in (64, 1024, held):
+            BM, BN, warps = tile(N, warp, held)
+            add(" backward", backward_kernel, slopes + sums, N, {"BM": BM, "BN": BN}, warps)
+        add(" backward second order", backward_kernel, slopes + sums + second, held, {"BM": BM, "BN": BN}, warps)
+        BM, BN, warps = tile(LONGEST, warp)
+        add("", long_forward_kernel, forward, LONGEST, long, warps)
+        add(" backward", long_backward_kernel, slopes, LONGEST, long, warps)
+        add(" backward second order", long_backward_kernel, slopes + second, LONGEST, long, warps)
+        if not added:  # the others have the same
+            add(" backward of w", backward_kernel, ["dy", "s", *both, *sums], LONGEST, {"BM": BM, "BN": BN}, warps)
     return every
 
 

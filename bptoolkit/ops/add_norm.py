@@ -58,6 +58,18 @@ def total(t, u):
     return u if t is None else t if u is None else t + u
 
 
+def kernel():
+    from bptoolkit.triton_kernels.add_norm import LAYER
+
+    return LAYER
+
+
+def rms_kernel():
+    from bptoolkit.triton_kernels.add_norm import RMS
+
+    return RMS
+
+
 KEPT = "s w m r"
 RULE = Rule(
     "add_layer_norm",
@@ -66,8 +78,9 @@ RULE = Rule(
     inputs="x a w b",
     outputs="y s m r",
     uses={"x": KEPT, "a": KEPT, "w": KEPT, "b": "b"},
+    kernel=kernel,
 )
-RMS_RULE = Rule("add_rms_norm", rms_forward, rms_backward, inputs="x a w", outputs="y s r")
+RMS_RULE = Rule("add_rms_norm", rms_forward, rms_backward, inputs="x a w", outputs="y s r", kernel=rms_kernel)
 
 
 def add_layer_norm(

@@ -87,7 +87,13 @@ def in_blocks(dy, x, w, r, D, need):
     return dx.reshape(shape), dw.reshape(w.shape).to(w.dtype) if need.w else None
 
 
-RULE = Rule("rms_norm", forward, backward, inputs="x w", outputs="y r")
+def kernel():
+    from bptoolkit.triton_kernels.rms_norm import KERNEL
+
+    return KERNEL
+
+
+RULE = Rule("rms_norm", forward, backward, inputs="x w", outputs="y r", kernel=kernel)
 
 
 def epsilon(x: Tensor, eps: float | None) -> float:
