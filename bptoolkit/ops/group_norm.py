@@ -44,6 +44,12 @@ def backward(dy, dm, dr, x, w, b, m, r, G, need):
     return channel_norm.backward(dy, dm, dr, x, w, b, m, r, pool, False, need)
 
 
+def kernel():
+    from bptoolkit.triton_kernels.group_norm import KERNEL
+
+    return KERNEL
+
+
 RULE = Rule(
     "group_norm",
     forward,
@@ -51,6 +57,7 @@ RULE = Rule(
     inputs="x w b",
     outputs="y m r",
     uses={"x": "x w m r", "w": "x w m r", "b": "b"},
+    kernel=kernel,
 )
 
 
