@@ -92,7 +92,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["A", "ignore"])
 def backward_kernel(
-    d, ds, x, k, w, w1, m, s, dx, dn, xa, xc, xi, A, C, I, ignore, hard, soft, z_loss, cap,
+    d, x, k, w, w1, m, s, dx, dn, xa, xc, xi, A, C, I, ignore, hard, soft, z_loss, cap,
     SMOOTH: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, DENSE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(C, BC)
@@ -111,23 +111,19 @@ def backward_kernel(
         rest += soft * D * all_
     if Z:
         rest += 2 * z_loss * D * WK * (top + log)
-    live = counts  # lines whose logits are needed
-    if ds is not None:
-        rest += tl.load(ds + r, rows, other=0.0)
-        live = rows
     XK = XK - top - log  # log p there
     at = hit * expm1(XK) + rest * tl.exp(XK)  # BM
     c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)  # BC
     mask = rows[:, None] & (c < C)[None, :]
     place_ = row[:, None] + c.to(tl.int64)[None, :] * xc  # BM BC
-    X = tl.load(x + place_, mask & live[:, None], other=0.0).to(tl.float32)  # BM BC
+    X = tl.load(x + place_, mask & counts[:, None], other=0.0).to(tl.float32)  # BM BC
     if CAP:
         X = X / cap
         P = tl.exp(cap * tanh(X) - top[:, None] - log[:, None])
     else:
         P = tl.exp(X - top[:, None] - log[:, None])
     DX = (hit + rest)[:, None] * P
-    DX = tl.where((c[None, :] == K[:, None]) & counts[:, None], at[:, None], DX)
+    DX = tl.where(c[None, :] == K[:, None], at[:, None], DX)
     if SMOOTH:
         F = (soft * D)[:, None]
         if w is not None:
@@ -135,7 +131,7 @@ def backward_kernel(
         DX -= F
     if CAP:
         DX *= tanh_slope(X)
-    DX = tl.where(live[:, None], DX, (0 * log)[:, None])  # NaN in a line of NaN, as 0 · p is
+    DX = tl.where(counts[:, None], DX, (0 * log)[:, None])  # an ignored line is not read; of one with NaN 0 · p is NaN
     tl.store(dx + (a * C * I + i)[:, None] + c.to(tl.int64)[None, :] * I, DX.to(dx.dtype.element_ty), mask)
 
 
@@ -172,7 +168,6 @@ def _fake_forward(x, w, k, ignore, smoothing, z_loss, softcap):
 
 def _launch_backward(
     d: Tensor,
-    ds: Tensor | None,
     x: Tensor,
     w: Tensor | None,
     k: Tensor,
@@ -184,11 +179,11 @@ def _launch_backward(
     softcap: float | None,
 ) -> Tensor:
     A, C, I = lines(x.shape, 1)
-    dx = _fake_backward(d, ds, x, w, k, m, s, ignore, smoothing, z_loss, softcap)
+    dx = _fake_backward(d, x, w, k, m, s, ignore, smoothing, z_loss, softcap)
     if x.numel():
         (BM, BC, warps), x3 = tile(C, I, WARP), x.reshape(A, C, I)
         w1 = None if w is None or not smoothing else wide(w).sum()
-        tensors = (*map(dense, (d, ds)), x3, *map(dense, (k, w)), w1, *map(dense, (m, s)), dx)
+        tensors = (dense(d), x3, *map(dense, (k, w)), w1, *map(dense, (m, s)), dx)
         strides = (int(d.dim() > 0), *x3.stride())
         sizes = (*strides, A, C, I, *_options(C, ignore, smoothing, z_loss, softcap), I == 1, BM, BC)
         grid = (programs(A, I, BM) * triton.cdiv(C, BC),)
@@ -196,7 +191,7 @@ def _launch_backward(
     return dx
 
 
-def _fake_backward(d, ds, x, w, k, m, s, ignore, smoothing, z_loss, softcap):
+def _fake_backward(d, x, w, k, m, s, ignore, smoothing, z_loss, softcap):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -209,14 +204,12 @@ def forward(x, w, k, ignore, reduction, smoothing, z_loss, softcap):
     return reduce(l, wk.sum() if reduction == "mean" else None, reduction).to(x.dtype), m, s
 
 
-def backward(dl, ds, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap, need):
+def backward(dl, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap, need):
     dx = None
     if need.x:
-        d = torch.zeros((), dtype=torch.float32, device=x.device) if dl is None else dl
-        if dl is not None and reduction == "mean":
-            d = wide(dl) / at_index(x, w, k, ignore)[2].sum()
-        dx = BACKWARD(d, ds, x, w, k, m, s, ignore, smoothing, z_loss, softcap)
-    return dx, by_weight(dl, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap) if need.w else None, None
+        d = wide(dl) / at_index(x, w, k, ignore)[2].sum() if reduction == "mean" else dl
+        dx = BACKWARD(d, x, w, k, m, s, ignore, smoothing, z_loss, softcap)
+    return dx, by_weight(dl, x, w, k, l, ignore, reduction, smoothing, z_loss, softcap) if need.w else None, None
 
 
 def unsupported(x: Tensor, *_: object) -> str | None:
@@ -228,16 +221,16 @@ KERNEL = Kernel(forward, backward, unsupported)
 
 
 def specs(warp: int) -> list[Spec]:
-    """The kernels at the shipped configurations: few classes, common, a vocabulary; pixels; every option; second order."""
+    """The kernels at the shipped configurations: few classes, common, a vocabulary; pixels; every option."""
     every = []
-    plain = {"SMOOTH": False, "Z": False, "CAP": False, "w": None, "w1": None, "ds": None}
+    plain = {"SMOOTH": False, "Z": False, "CAP": False, "w": None, "w1": None}
     shapes = ((16, 1, 0), (1008, 1, 0), (131072, 1, 0), (131072, 1, 1), (16, 4096, 1), (4096, 4096, 0))
     for t, (C, I, all_) in product(("bf16", "fp32"), shapes):
         BM, BC, warps = tile(C, I, warp)
         tensors = {"x": f"*{t}", "k": "*i64", "m": "*fp32", "s": "*fp32"}
         constants = {"DENSE": I == 1, "BM": BM, "BC": BC} | ({"I": 1, "xc": 1} if I == 1 else {"xi": 1})
         constants |= {"SMOOTH": True, "Z": True, "CAP": True} if all_ else plain
-        tensors |= {"w": f"*{t}", "w1": "*fp32", "ds": "*fp32"} if all_ else {}
+        tensors |= {"w": f"*{t}", "w1": "*fp32"} if all_ else {}
         for name, kernel, more in (
             ("", forward_kernel, {"l": "*fp32", "wk": "*fp32"}),
             (" backward", backward_kernel, {"d": "*fp32", "dx": f"*{t}"}),

@@ -14,7 +14,8 @@ Maths     ℓ = − Σ_c r_c log p_c,  p = softmax(x),  r the target in shares o
 Letters   l the reduced loss; n runs over N samples and the positions *D of each, c over C classes
           x logits N C *D; k class indices N *D, or q probabilities N C *D; w class weights C; ε smoothing
           ζ z_loss; κ softcap; m the largest x of a sample and s = log Σ_c e^(x_c − m), so that z = m + s: residual outputs
-          N *D, hidden by the public function; ds is the gradient by s, and m is a constant: p and z are the same for any
+          N *D, hidden by the public function. They spare a first-order backward the sums over C; what is differentiated
+          again takes all of it from x, so that nothing flows into them
 Numerics  half tensors are computed in float32; the N C log-probabilities are not kept, x is; log p = (x − m) − s, and not
           x − z, which is rounded to the size of the logits; p_k − 1 is expm1(log p_k); the mean over nothing is NaN, as in
           torch
@@ -84,53 +85,50 @@ def forward(x, w, k, ignore, reduction, smoothing, z_loss, softcap):
     return l.to(x.dtype), m.clone(), s.clone()
 
 
-def backward(dl, ds, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap, need):
-    index, counts, wk = at_index(x, w, k, ignore)
-    d = share(dl, counts, wk, reduction)  # N *D: dℓ
+def backward(dl, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap, need):
+    dw = by_weight(dl, x, w, k, l, ignore, reduction, smoothing, z_loss, softcap) if need.w else None
+    if not need.x:
+        return None, dw, None
+    k, counts, wk = at_index(x, w, k, ignore)
+    d = torch.where(counts, cotangent(dl, k.shape, wk.sum(), reduction), 0)  # N *D: dℓ
     hit = (1 - smoothing) * d * wk  # N *D: dℓ r's part at the index
     flat = (smoothing / x.shape[1]) * d if smoothing else None  # N *D: and its part in every class, without w
-    dx = None
-    if need.x:
-        rest = torch.zeros_like(hit) if ds is None else ds  # N *D: p's factor but for hit
+    all_ = x.shape[1] if w is None else wide(w).sum()
+    rest = torch.zeros_like(hit) if flat is None else flat * all_  # N *D: p's factor but for hit
+    alone = unwatched(dl, x, w)
+    if z_loss:
+        z = m + s if alone else torch.logsumexp(capped(x, softcap), 1)  # N *D
+        rest = rest + 2 * z_loss * d * wk * z
+
+    def rule(x, k, m, s, rest, hit, flat):
+        a = capped(x, softcap)
+        if alone:
+            at = a.gather(1, k.unsqueeze(1)) - m.unsqueeze(1) - s.unsqueeze(1)  # N 1 *D: log p there
+        else:
+            at = torch.log_softmax(a, 1).gather(1, k.unsqueeze(1))
+        at = hit.unsqueeze(1) * torch.expm1(at) + rest.unsqueeze(1) * at.exp()
+        dx = (hit + rest).unsqueeze(1) * torch.softmax(a, 1)  # N C *D
+        dx = (dx.scatter_ if alone else dx.scatter)(1, k.unsqueeze(1), at)  # dx is new: nothing else has seen it
         if flat is not None:
-            rest = rest + flat * (x.shape[1] if w is None else wide(w).sum())
-        if z_loss:
-            rest = rest + 2 * z_loss * d * wk * (m + s)
+            dx = dx - (flat.unsqueeze(1) if w is None else flat.unsqueeze(1) * along_classes(w, x))
+        return (dx if softcap is None else dx * (1 - (a / softcap).square())).to(x.dtype)
 
-        def rule(x, k, m, s, rest, hit, flat):
-            a = capped(x, softcap)
-            at = a.gather(1, k.unsqueeze(1)).squeeze(1) - m - s  # N *D: log p_k
-            at = hit * torch.expm1(at) + rest * at.exp()
-            dx = (hit + rest).unsqueeze(1) * torch.softmax(a, 1)  # N C *D
-            put = dx.scatter_ if unwatched(x, dl, ds) else dx.scatter  # dx is new: nothing else has seen it
-            dx = put(1, k.unsqueeze(1), at.unsqueeze(1))
-            if flat is not None:
-                dx = dx - (flat.unsqueeze(1) if w is None else flat.unsqueeze(1) * along_classes(w, x))
-            return (dx if softcap is None else dx * (1 - (a / softcap).square())).to(x.dtype)
-
-        dx = by_rows(rule, x, index, m, s, rest, hit, flat)
-    return dx, by_weight(dl, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap) if need.w else None, None
+    return by_rows(rule, x, k, m, s, rest, hit, flat), dw, None
 
 
-def share(dl, counts, wk, reduction):
-    """The cotangent of each ℓ, N *D; 0 where the index is the ignored one, and where nothing flows into the loss."""
-    return torch.zeros_like(wk) if dl is None else torch.where(counts, cotangent(dl, wk.shape, wk.sum(), reduction), 0)
-
-
-def by_weight(dl, x, w, k, l, m, s, ignore, reduction, smoothing, z_loss, softcap):
+def by_weight(dl, x, w, k, l, ignore, reduction, smoothing, z_loss, softcap):
     """dw."""
     k, counts, wk = at_index(x, w, k, ignore)
-    d = share(dl, counts, wk, reduction)  # N *D
-    logp = capped(x, softcap) - m.unsqueeze(1) - s.unsqueeze(1)  # N C *D
+    W, a = wk.sum(), capped(x, softcap)
+    d = torch.where(counts, cotangent(dl, k.shape, W, reduction), 0)  # N *D
+    logp = torch.log_softmax(a, 1)  # N C *D
     at = (smoothing - 1) * d * logp.gather(1, k.unsqueeze(1)).squeeze(1)  # N *D
     if z_loss:
-        at = at + z_loss * d * (m + s).square()
-    if reduction == "mean" and dl is not None:
-        at = at - torch.where(counts, wide(dl) * l / wk.sum(), 0)
+        at = at + z_loss * d * torch.logsumexp(a, 1).square()
+    if reduction == "mean":
+        at = at - torch.where(counts, wide(dl) * l / W, 0)
     dw = torch.zeros_like(wide(w)).index_add(0, k.reshape(-1), at.reshape(-1))  # C
-    if smoothing:
-        dw = dw - (smoothing / x.shape[1]) * sum_to_classes(d.unsqueeze(1) * logp)
-    return dw.to(w.dtype)
+    return (dw - (smoothing / x.shape[1]) * sum_to_classes(d.unsqueeze(1) * logp) if smoothing else dw).to(w.dtype)
 
 
 def smoothed(q, smoothing):
@@ -181,8 +179,8 @@ RULE = Rule(
     backward,
     inputs="x w k",
     outputs="l m s",
-    constants="m",
-    uses={"x": "x w k m s", "w": "x w k l m s"},
+    constants="m s",
+    uses={"x": "x w k m s", "w": "x w k l"},
     kernel=kernel,
 )
 PROBABILITIES = Rule(
