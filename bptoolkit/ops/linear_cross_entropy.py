@@ -1,14 +1,22 @@
 """Cross entropy of a linear layer's logits, which are never held whole.
 
-Maths     a = x Wᵀ + b,  p = softmax(a) in each row
-          ℓ = − Σ_c r_c log p_c,  r_c = (1 − ε) v_k [c = k] + (ε/C) v_c;  where k is the ignored index, r = 0
-          da_c = dℓ (p_c Σ_c r_c − r_c)        dx = da W        dW = daᵀ x        db = Σ_n da
-          dv_c = − Σ_n dℓ_n ((1 − ε) [c = k_n] + ε/C) log p_nc, and for the mean − (dl l / Σ_n v_k) Σ_n [c = k_n] besides
-Letters   x input N I; W weight C I, w in the code; b bias C; k class indices N; v class weights C; ε smoothing
-Numerics  rows are taken R at a time: R C logits are held, never N C, and backward makes them again from the inputs, which are
-          all that is kept; p from a − max a, not from a − log Σ eᵃ, which is rounded to the size of the logits;
-          half tensors: products in their dtype as `linear` has them, the rest and the sums over rows in float32
-Source    Wijmans et al., "Cut your losses in large-vocabulary language models", 2024, section 4; Bridle 1990, eq. 12
+Maths     a = x Wᵀ + b,  t = s tanh(a / s) or a itself,  p = softmax(t),  z = log Σ eᵗ in each row
+          ℓ = − Σ_c r_c log p_c + λ v_k z²,  r_c = (1 − ε) v_k [c = k] + (ε/C) v_c;  ℓ = 0 where k is the ignored index
+          da_c = dℓ (p_c (Σ_c r_c + 2 λ v_k z) − r_c) (1 − (t_c / s)²)        dx = da W        dW = daᵀ x        db = Σ_n da
+          dv_c = Σ_n dℓ_n ([c = k_n] λ z_n² − ((1 − ε) [c = k_n] + ε/C) log p_nc), and for the mean
+          − (dl l / Σ_n v_k) Σ_n [c = k_n] besides
+Letters   x input N I; W weight C I, w in the code; b bias C; k class indices N; v class weights C
+          ε smoothing; λ z_loss; s softcap; gx gw gb the gradients of Σ_n ℓ_n
+Numerics  rows are taken R at a time: R C logits are held, never N C; p from t − max t, not from t − z, which is rounded to the
+          size of the logits; half tensors: products in their dtype as `linear` has them, the rest and the sums over rows in
+          float32
+Source    Wijmans et al., "Cut your losses in large-vocabulary language models", 2024, section 4; Bridle 1990, eq. 12;
+          z: Chowdhery et al., "PaLM", 2022, section 5; s: Gemma Team, "Gemma 2", 2024, section 2
+
+There are two rules. RULE keeps its inputs alone, and backward makes the logits again: four matrix products. FUSED, for a loss
+that is one number, makes the gradients in forward: three products, and backward has only to multiply. It runs where the kernel
+does and a gradient will be wanted. gx, gw and gb are of the sum, not of the mean, whose 1/N is too small for float16; they are
+constants: a backward that is itself differentiated is RULE's, which reads the inputs.
 """
 
 from __future__ import annotations
@@ -38,44 +46,68 @@ def rows_of(N, C, alone):
     return max(R if alone else max(R, -(-N // MOST)), 1)
 
 
-def forward(x, w, b, v, k, ignore, reduction, smoothing, full):
+def capped(a, softcap):
+    return a if softcap is None else softcap * torch.tanh(a / softcap)  # t
+
+
+def cap_slope(a, softcap):
+    """1 − tanh²(a / s), without the difference."""
+    return 4 * torch.sigmoid(a * (2 / softcap)) * torch.sigmoid(a * (-2 / softcap))
+
+
+def finish(l, W, x, reduction, full):
+    """The reduced loss of the rows' ℓ, in its dtype."""
+    return reduce(l, W, reduction).to(torch.promote_types(x.dtype, torch.float32) if full else x.dtype)
+
+
+def forward(x, w, b, v, k, ignore, reduction, smoothing, full, z_loss, softcap):
     k, counts, vk = at_index(x, v, k, ignore)  # N
     C, ls = w.shape[0], []
     for x1, k1, v1 in zip(*(t.split(rows_of(x.shape[0], C, unwatched(x, w, b))) for t in (x, k, vk))):
-        logp = torch.log_softmax(wide(F.linear(x1, w, b)), 1)  # R C
+        t = capped(wide(F.linear(x1, w, b)), softcap)  # R C
+        logp = torch.log_softmax(t, 1)  # R C
         l = (smoothing - 1) * v1 * logp.gather(1, k1.unsqueeze(1)).squeeze(1)  # R
         if smoothing:
             l = l - (smoothing / C) * (logp if v is None else wide(v) * logp).sum(1)
+        if z_loss:
+            l = l + z_loss * v1 * torch.logsumexp(t, 1) ** 2
         ls.append(l)
-    l = reduce(torch.where(counts, torch.cat(ls), 0), vk.sum(), reduction)
-    return l.to(torch.promote_types(x.dtype, torch.float32) if full else x.dtype)
+    return finish(torch.where(counts, torch.cat(ls), 0), vk.sum(), x, reduction, full)
 
 
-def backward(dl, x, w, b, v, k, l, ignore, reduction, smoothing, need):
+def backward(dl, x, w, b, v, k, l, ignore, reduction, smoothing, z_loss, softcap, need):
     k, counts, vk = at_index(x, v, k, ignore)  # N
     (N, C), alone = (x.shape[0], w.shape[0]), unwatched(dl, x, w, b, v)
     W = vk.sum()
     d = torch.where(counts, share(dl, W, reduction), 0)  # N: dℓ
-    hit, flat = (1 - smoothing) * d * vk, (smoothing / C) * d
+    hit, flat, zed = (1 - smoothing) * d * vk, (smoothing / C) * d, (2 * z_loss) * d * vk
     row = hit + flat * (C if v is None else wide(v).sum())  # N: dℓ Σ_c r_c
     dxs, dw, db, dv = [], None, None, torch.zeros_like(wide(v)) if need.v else None
     if need.v and reduction == "mean":  # by W
         dv = dv.index_add(0, k, torch.where(counts, -wide(dl) * wide(l) / W, 0))  # C
-    for x1, k1, row1, hit1, flat1, d1 in zip(*(t.split(rows_of(N, C, alone)) for t in (x, k, row, hit, flat, d))):
+    rows = (t.split(rows_of(N, C, alone)) for t in (x, k, row, hit, flat, zed, d))
+    for x1, k1, row1, hit1, flat1, zed1, d1 in zip(*rows):
         a = wide(F.linear(x1, w, b))  # R C
+        t = capped(a, softcap)  # R C
+        z = torch.logsumexp(t, 1) if z_loss else None  # R
         if need.v:
-            logp = torch.log_softmax(a, 1)  # R C
+            logp = torch.log_softmax(t, 1)  # R C
             dv = dv.index_add(0, k1, (smoothing - 1) * d1 * logp.gather(1, k1.unsqueeze(1)).squeeze(1))
             dv = dv - (flat1.unsqueeze(1) * logp).sum(0) if smoothing else dv  # C
+            dv = dv.index_add(0, k1, z_loss * d1 * z**2) if z_loss else dv
         if not (need.x or need.w or need.b):
             continue
-        p = torch.softmax(a, 1)  # R C
+        p = torch.softmax(t, 1)  # R C
+        if z_loss:
+            row1 = row1 + zed1 * z
         if alone:
             da = p.mul_(row1.unsqueeze(1)).scatter_add_(1, k1.unsqueeze(1), -hit1.unsqueeze(1))
         else:
             da = (p * row1.unsqueeze(1)).scatter_add(1, k1.unsqueeze(1), -hit1.unsqueeze(1))
         if smoothing:
             da = da - (flat1.unsqueeze(1) if v is None else flat1.unsqueeze(1) * wide(v))
+        if softcap is not None:
+            da = da * cap_slope(a, softcap)
         low = da.to(x.dtype)
         if need.x:
             dxs.append(low @ w)  # R I
@@ -91,6 +123,44 @@ def backward(dl, x, w, b, v, k, l, ignore, reduction, smoothing, need):
     return dx, dw.to(w.dtype) if need.w else None, db.to(b.dtype) if need.b else None, dv.to(v.dtype) if need.v else None, None
 
 
+def forward_fused(x, w, b, v, k, ignore, reduction, smoothing, full, z_loss, softcap, wanted):
+    """The plain form: forward, and backward of the sum. `wanted` has the letters of the gradients; others are empty."""
+    l = forward(x, w, b, v, k, ignore, reduction, smoothing, full, z_loss, softcap)
+    need = RULE.Need(*(letter in wanted for letter in RULE.inputs))
+    one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    gx, gw, gb, *_ = backward(one, x, w, b, v, k, l, ignore, "sum", smoothing, z_loss, softcap, need)
+    return l, *(torch.zeros(0, dtype=x.dtype, device=x.device) if g is None else g for g in (gx, gw, gb))
+
+
+def backward_fused(dl, x, w, b, v, k, l, gx, gw, gb, ignore, reduction, smoothing, z_loss, softcap, wanted, need):
+    letters = [letter for letter, n in zip(RULE.inputs, need) if n]
+    if torch.is_grad_enabled() or not set(letters) <= set(wanted):  # it is being differentiated: no constants
+        return backward(dl, x, w, b, v, k, l, ignore, reduction, smoothing, z_loss, softcap, need)
+    _, counts, vk = at_index(x, v, k, ignore)  # N
+    d = torch.where(counts.any(), share(dl, vk.sum(), reduction), 0)
+    d = d.reshape(1)  # of one dimension, so that half tensors are multiplied in float32
+    return *(scaled(g, d, t) if n else None for g, t, n in zip((gx, gw, gb), (x, w, b), need)), None, None
+
+
+def scaled(g, d, t):
+    """g d, in t's dtype."""
+    if unwatched(g, d):
+        return torch.mul(g, d, out=torch.empty(g.shape, dtype=t.dtype, device=g.device))  # nothing besides is allocated
+    return (g * d).to(t.dtype)
+
+
+def _kernel():
+    from bptoolkit.triton_kernels.linear_cross_entropy import KERNEL
+
+    return KERNEL
+
+
+def _kernel_fused():
+    from bptoolkit.triton_kernels.linear_cross_entropy import FUSED
+
+    return FUSED
+
+
 _ALL = "x w b v k"
 RULE = Rule(
     "linear_cross_entropy",
@@ -99,6 +169,17 @@ RULE = Rule(
     inputs="x w b v k",
     outputs="l",
     uses={"x": _ALL, "w": _ALL, "b": _ALL, "v": _ALL + " l"},
+    kernel=_kernel,
+)
+FUSED = Rule(
+    "linear_cross_entropy_fused",
+    forward_fused,
+    backward_fused,
+    inputs="x w b v k",
+    outputs="l gx gw gb",
+    constants="gx gw gb",
+    uses={"x": _ALL + " gx", "w": _ALL + " gw", "b": _ALL + " gb", "v": _ALL + " l"},
+    kernel=_kernel_fused,
 )
 SHAPES = Shapes("input: N I, linear_weight: C I, linear_bias: C -> N")
 
@@ -114,12 +195,15 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`cross_entropy(linear(input, ...), target)` of class indices, as `torch.nn.functional.linear_cross_entropy`.
 
     With class indices the logits are made and used some rows at a time. Class probabilities and a K-dimensional loss are
-    computed by `linear` and `cross_entropy`, logits and all.
+    computed by `linear` and `cross_entropy`, logits and all. The kernel makes the gradients of "mean" and "sum" together with
+    the loss, unless grad mode is off.
 
     Args:
         input: (N, I) or (I,), floating point.
@@ -131,6 +215,9 @@ def linear_cross_entropy(
         ignore_index: the index that contributes nothing, −100 if None; with indices only.
         label_smoothing: the share of the target spread over all classes, in [0, 1].
         options: torch's options of chunking; taken, and not needed.
+        z_loss: the factor of z², z = log Σ eᵗ of a row's logits, in the loss of each row, which the weight of the row's class
+            multiplies as it does the rest; with indices only.
+        softcap: the logits a become softcap · tanh(a / softcap) first, so that they stay within ±softcap; with indices only.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
@@ -139,13 +226,18 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes that disagree, an index out of range (checked on the CPU, outside transforms), a label_smoothing
-            outside [0, 1], an ignore_index with probabilities, or a reduction that does not exist.
+            outside [0, 1], a z_loss below 0, a softcap that is not above 0, any of both or an ignore_index with
+            probabilities, or a reduction that does not exist.
         TypeError: tensors of several dtypes, or a target that is neither of indices nor of input's dtype.
     """
     op = "linear_cross_entropy"
     check_reduction(op, reduction)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing={label_smoothing} is outside [0, 1]")
+    if not z_loss >= 0:
+        raise ValueError(f"{op}: z_loss={z_loss} is not at least 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap={softcap} is not above 0")
     if not isinstance(input, Tensor) or not 1 <= input.dim() <= 2:
         found = tuple(input.shape) if isinstance(input, Tensor) else type(input).__name__
         raise ValueError(f"{op}: input must be (N, I) or (I,), not {found}")
@@ -169,7 +261,10 @@ def linear_cross_entropy(
     if probabilities and ignore_index is not None:
         raise ValueError(f"{op}: ignore_index={ignore_index} goes with class indices, not with probabilities")
     ignore = -100 if ignore_index is None else ignore_index
-    if probabilities or K or backend not in ("auto", "eager"):
+    if probabilities or K:
+        if z_loss or softcap is not None:
+            what = "class probabilities" if probabilities else f"a loss of {len(K)} more dimensions"
+            raise ValueError(f"{op}: z_loss={z_loss} and softcap={softcap} go with class indices (N), not with {what}")
         a = linear(input, w, flat_bias, backend=backend).reshape(logits_shape)
         kw: Any = {"ignore_index": ignore, "reduction": reduction, "label_smoothing": label_smoothing}
         return cross_entropy(a, target, weight, **kw, backend=backend)
@@ -177,9 +272,19 @@ def linear_cross_entropy(
     x, w, b = OP.cast(batched, w, flat_bias)
     full = bool(x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
     k = target.long() if input.dim() == 2 else target.long().unsqueeze(0)
-    args = (x, w, b, weight, k, ignore, reduction, float(label_smoothing), full)
-    l = RULE(*args, backend=OP.pick(RULE, backend, *args))
+    cap = None if softcap is None else float(softcap)
+    args = (x, w, b, weight, k, ignore, reduction, float(label_smoothing), full, float(z_loss), cap)
+    chosen = OP.pick(RULE, backend, *args)
+    wanted = _wanted(x, w, b, weight) if chosen == "triton" and reduction != "none" else ""
+    l = FUSED(*args, wanted, backend=chosen)[0] if wanted else RULE(*args, backend=chosen)
     return l.squeeze(0) if reduction == "none" and input.dim() == 1 else l
+
+
+def _wanted(x: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None) -> str:
+    """The letters of the gradients to make in forward: those that will be asked for. None if RULE is to make them."""
+    if not torch.is_grad_enabled() or (v is not None and v.requires_grad):
+        return ""
+    return "".join(letter for letter, t in (("x", x), ("w", w), ("b", b)) if t is not None and t.requires_grad)
 
 
 _BASE: Any = getattr(nn, "LinearCrossEntropyLoss", nn.Module)  # torch has it from 2.13 on
@@ -210,10 +315,19 @@ MODULES: tuple[type[nn.Module], ...] = () if _BASE is nn.Module else (LinearCros
 
 
 def reference(input, linear_weight, target, *, linear_bias=None, weight=None, ignore_index=None, options=None, **kw):
-    """The definition, in two calls of torch."""
+    """The definition, in two calls of torch; z_loss in three more."""
+    z_loss, softcap, ignore = kw.pop("z_loss", 0.0), kw.pop("softcap", None), -100 if ignore_index is None else ignore_index
     a = F.linear(input, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
     a = a.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
-    return F.cross_entropy(a, target, weight, ignore_index=-100 if ignore_index is None else ignore_index, **kw)
+    a = a if softcap is None else softcap * (a / softcap).tanh()
+    l = F.cross_entropy(a, target, weight, ignore_index=ignore, **kw)
+    if not z_loss:
+        return l
+    counts = target != ignore
+    vk = torch.where(counts, 1 if weight is None else weight[torch.where(counts, target, 0)], 0)
+    z = z_loss * vk * a.logsumexp(-1).square()
+    reduction = kw.get("reduction", "mean")
+    return l + (z if reduction == "none" else z.sum() if reduction == "sum" else z.sum() / vk.sum()).to(l.dtype)
 
 
 def case(draw: Draw) -> Case:
@@ -228,6 +342,8 @@ def case(draw: Draw) -> Case:
         kwargs["weight"] = draw.tensor(C).detach().abs() + 0.1
     if draw.flag() and k.device.type != "meta" and bool((k != 0).any()):
         kwargs["ignore_index"] = 0
+    if draw.random.random() < 0.3:
+        kwargs |= draw.choice(({"z_loss": 0.1}, {"softcap": 2.0}, {"z_loss": 0.1, "softcap": 2.0}))
     return Case((x, w, k), kwargs)
 
 
@@ -239,7 +355,7 @@ OP = Op(
     name="linear_cross_entropy",
     call=linear_cross_entropy,
     reference=reference,
-    rules=(RULE,),
+    rules=(RULE, FUSED),
     module=MODULES,
     replaces=(_BASE,) if MODULES else (),
     shapes="input: N I, linear_weight: C I, target: N -> N",
