@@ -1,5 +1,6 @@
 """bptoolkit: hand-written backward passes for PyTorch, proved right, swapped in, trained with."""
 
+from bptoolkit import compress as compress
 from bptoolkit import functional as functional
 from bptoolkit import init as init
 from bptoolkit import nn as nn
