@@ -43,7 +43,13 @@ def hollow(padding, dilation, size):
     return any(-p % d >= X for p, d, X in zip(padding, dilation, size))  # its first place that is not before x
 
 
-RULE = Rule("max_pool", forward, backward, inputs="x", outputs="y i", constants="i")
+def kernel():
+    from bptoolkit.triton_kernels.max_pool import KERNEL
+
+    return KERNEL
+
+
+RULE = Rule("max_pool", forward, backward, inputs="x", outputs="y i", constants="i", kernel=kernel)
 
 
 def _pool(op: Op, n: int, x: Tensor, options: Any, ceil_mode: bool, return_indices: bool, backend: str) -> Any:
