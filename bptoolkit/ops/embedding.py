@@ -77,7 +77,13 @@ def backward(dy, i, V, padding, by_freq, sparse):
     return scatter(i, rows, None, None, V, padding, by_freq, dy.dtype), None
 
 
-RULE = Rule("embedding", forward, backward, inputs="w i", outputs="y")
+def kernel():
+    from bptoolkit.triton_kernels.embedding import KERNEL
+
+    return KERNEL
+
+
+RULE = Rule("embedding", forward, backward, inputs="w i", outputs="y", kernel=kernel)
 
 
 def embedding(

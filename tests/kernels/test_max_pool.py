@@ -100,7 +100,7 @@ def test_no_samples(device):
 
 def test_addresses_of_64_bits(device, monkeypatch):
     """As where there are more elements than an int32 counts."""
-    monkeypatch.setattr(file, "INT32", 0)
+    monkeypatch.setattr(file, "INT32", 100)  # more than a plane has, less than all of them
     run(normal(2, 3, 9, 10, device=device), 2, 3, 2, 1)
 
 
