@@ -52,6 +52,7 @@ from bptoolkit.ops.causal_conv1d import CausalConv1d as CausalConv1d
 from bptoolkit.ops.conv import Conv1d as Conv1d
 from bptoolkit.ops.conv import Conv2d as Conv2d
 from bptoolkit.ops.conv import Conv3d as Conv3d
+from bptoolkit.ops.conv_activation import ConvActivation2d as ConvActivation2d
 from bptoolkit.ops.conv_transpose import ConvTranspose1d as ConvTranspose1d
 from bptoolkit.ops.conv_transpose import ConvTranspose2d as ConvTranspose2d
 from bptoolkit.ops.conv_transpose import ConvTranspose3d as ConvTranspose3d

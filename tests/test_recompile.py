@@ -38,6 +38,7 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "conv1d": lambda n, s: (r(20 + s, 3, n), r(5, 3, 2)),
     "conv2d": lambda n, s: (r(20 + s, 3, n, n + 40), r(5, 3, 2, 4)),
     "conv3d": lambda n, s: (r(20 + s, 3, n, n + 40, 19), r(5, 3, 2, 4, 6)),
+    "conv2d_activation": lambda n, s: (r(20 + s, 3, n, n + 40), r(5, 3, 2, 4), r(5)),
     "causal_conv1d": lambda n, s: (r(20 + s, 3, n), r(3, 2), r(3), "silu"),
     "conv_transpose1d": lambda n, s: (r(20 + s, 3, n), r(3, 5, 2)),
     "conv_transpose2d": lambda n, s: (r(20 + s, 3, n, n + 40), r(3, 5, 2, 4), None, 2, 1),

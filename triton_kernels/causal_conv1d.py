@@ -1,7 +1,7 @@
 """Causal depthwise convolution, fused with its activation, both directions. For the maths see the op of this name.
 
-A thread walks along the sequence with the last K values of x, and in backward of dz, in registers: every element is read once and
-every z computed once. The tile is one column of BD channels, a step W positions:
+A thread walks along the sequence with the last K values of x, and in backward of dz, in registers: every element is read
+once and every z computed once. The tile is one column of BD channels, a step W positions:
 
 channels last      a column of one position lies dense in memory, and the threads of a warp are channels that are neighbours
 otherwise          a thread reads V neighbouring positions of its channel at once, 16 bytes, and splits them into columns
@@ -11,6 +11,7 @@ backward   a program walks over pieces of C positions of BD channels, and then o
            piece; its sums of dw and dc, in float32, are added up afterwards: no atomics, the same bits every time
 """
 
+# ruff: noqa: RUF005 (Triton's language knows no stars)
 from __future__ import annotations
 
 import torch
@@ -166,7 +167,7 @@ def backward_kernel(
     channels = d < D
     ws, bias = weights(w, c, d, channels, D, K)
     total = ()  # K + 1 sums: of dw and of dc
-    for k in tl.static_range(K + 1):
+    for _ in tl.static_range(K + 1):
         total = total + (tl.zeros((BD,), tl.float32),)
     pieces = tl.cdiv(L, C)
     LAG: tl.constexpr = K - 1 if V == 1 else W  # dx is K − 1 positions behind, and is written V at a time
@@ -177,9 +178,9 @@ def backward_kernel(
         end = l0 + tl.cdiv(min(C, L - l0), W) * W
         xs = before(from_x, channels, l0, xl, K)
         dzs, dxs = (), ()
-        for k in tl.static_range(K - 1):
+        for _ in tl.static_range(K - 1):
             dzs = dzs + (tl.zeros((BD,), tl.float32),)
-        for k in tl.static_range(LAG - K + 1):
+        for _ in tl.static_range(LAG - K + 1):
             dxs = dxs + (tl.zeros((BD,), tl.float32),)
         for l in range(l0, end, W):
             new_x = load(from_x, channels, l, xl, L, BD, V, W)

@@ -18,6 +18,7 @@ NAMES = (
     "mlp",
     "softmax",
     "conv",
+    "conv_activation",
     "causal_conv1d",
     "conv_transpose",
     "fold",

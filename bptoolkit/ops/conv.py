@@ -62,7 +62,15 @@ def correlation(x, dy, w, stride, padding, dilation, groups):
     return dw.transpose(0, 1)  # O I K
 
 
-RULE = Rule("conv", forward, backward, inputs="x w b", outputs="y", uses={"x": "w", "w": "x w", "b": ""})
+def kernel():
+    from bptoolkit.triton_kernels.conv import KERNEL
+
+    return KERNEL
+
+
+KEPT = {"x": "w", "w": "x w", "b": ""}
+RULE = Rule("conv", forward, backward, inputs="x w b", outputs="y", uses=KEPT, kernel=kernel)
+RULE_3D = Rule("conv3d", forward, backward, inputs="x w b", outputs="y", uses=KEPT)
 
 
 def _ints(op: str, name: str, value: Any, n: int, least: int) -> tuple[int, ...]:
@@ -75,17 +83,10 @@ def _ints(op: str, name: str, value: Any, n: int, least: int) -> tuple[int, ...]
     return values
 
 
-def _convolve(
-    op: Op,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    backend: str,
-) -> Tensor:
+def arguments(
+    op: Op, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[Any, ...]:
+    """The arguments of a rule, cast and checked; the input with its batch dimension."""
     input, weight, bias = op.cast(input, weight, bias)
     op.check(input, weight, bias)
     n, name = weight.dim() - 2, op.name
@@ -111,9 +112,14 @@ def _convolve(
             f"{name}: the kernel {tuple(K)} with dilation={dilation} is larger than the input {tuple(X)} with padding={padding}"
         )
     tail = tuple(r % s for r, s in zip(spare, stride))
-    args = (x, weight, bias, stride, padding, dilation, tail, groups)
-    y = RULE(*args, backend=op.pick(RULE, backend, *args))
-    return y if input.dim() == n + 2 else y.squeeze(0)
+    return x, weight, bias, stride, padding, dilation, tail, groups
+
+
+def _convolve(op: Op, input: Tensor, weight: Tensor, *options: Any, backend: str) -> Tensor:
+    args = arguments(op, input, weight, *options)
+    rule = op.rules[0]
+    y = rule(*args, backend=op.pick(rule, backend, *args))
+    return y if input.dim() == weight.dim() else y.squeeze(0)
 
 
 def _named_padding(op: str, x: Tensor, K: Any, stride: Any, padding: str, dilation: Any) -> tuple[Tensor, tuple[int, ...]]:
@@ -145,7 +151,7 @@ def conv1d(
 
     Input (N, C, L) or (C, L), weight (O, C / groups, K), bias (O,).
     """
-    return _convolve(CONV1D, input, weight, bias, stride, padding, dilation, groups, backend)
+    return _convolve(CONV1D, input, weight, bias, stride, padding, dilation, groups, backend=backend)
 
 
 def conv2d(
@@ -179,7 +185,7 @@ def conv2d(
             cannot run the call.
         TypeError: the tensors are not of one floating-point dtype.
     """
-    return _convolve(CONV2D, input, weight, bias, stride, padding, dilation, groups, backend)
+    return _convolve(CONV2D, input, weight, bias, stride, padding, dilation, groups, backend=backend)
 
 
 def conv3d(
@@ -197,10 +203,10 @@ def conv3d(
 
     Input (N, C, D, H, W) or (C, D, H, W), weight (O, C / groups, kD, kH, kW), bias (O,).
     """
-    return _convolve(CONV3D, input, weight, bias, stride, padding, dilation, groups, backend)
+    return _convolve(CONV3D, input, weight, bias, stride, padding, dilation, groups, backend=backend)
 
 
-def _module_forward(call: Any, module: Any, input: Tensor) -> Tensor:
+def module_forward(call: Any, module: Any, input: Tensor) -> Tensor:
     """What a convolution module does: pad with border values if it says so, then convolve."""
     padding = module.padding
     if module.padding_mode != "zeros":
@@ -228,7 +234,7 @@ class Conv1d(nn.Conv1d):
     backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
 
     def forward(self, input: Tensor) -> Tensor:
-        return _module_forward(conv1d, self, input)
+        return module_forward(conv1d, self, input)
 
 
 class Conv2d(nn.Conv2d):
@@ -237,7 +243,7 @@ class Conv2d(nn.Conv2d):
     backend: str = "auto"
 
     def forward(self, input: Tensor) -> Tensor:
-        return _module_forward(conv2d, self, input)
+        return module_forward(conv2d, self, input)
 
 
 class Conv3d(nn.Conv3d):
@@ -246,7 +252,7 @@ class Conv3d(nn.Conv3d):
     backend: str = "auto"
 
     def forward(self, input: Tensor) -> Tensor:
-        return _module_forward(conv3d, self, input)
+        return module_forward(conv3d, self, input)
 
 
 def _case(n: int) -> Any:
@@ -302,7 +308,7 @@ def _op(call: Any, reference: Any, module: Any, shapes: str, **kw: Any) -> Op:
         name=call.__name__,
         call=call,
         reference=reference,
-        rules=(RULE, PAD_RULE),
+        rules=(RULE if module is not Conv3d else RULE_3D, PAD_RULE),
         module=(module,),
         replaces=(module.__base__,),
         shapes=shapes,
