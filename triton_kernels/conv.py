@@ -252,7 +252,7 @@ def backward(dy, x, w, stride, padding, dilation, tail, groups, need):
         dx = INPUT(dy, w, size, stride, padding, dilation)
     if need.w:
         dw, db = WEIGHT(dy, x, w, stride, padding, dilation)
-        dw, db = dw.t().reshape(w.shape).to(w.dtype), db.to(dy.dtype) if need.b else None
+        dw, db = dw.t().contiguous().view(w.shape).to(w.dtype), db.to(dy.dtype) if need.b else None
     elif need.b:
         db = RULE.backward(dy, None, None, stride, padding, dilation, tail, groups, RULE.Need(False, False, True))[2]
     return dx, dw, db
@@ -287,11 +287,11 @@ def specs(warp: int) -> list[Spec]:
                 name = f"{t} {R}×{R}{' stride 2' if stride > 1 else ''}{' channels last' if last else ''}"
                 one = "c" if last else "w"
                 common = dict.fromkeys(("N", "C", "H", "W", "OH", "OW"), "i32")
-                for label, kernel, given, transposed in (
+                for label, kernel, given, transposed in (  # only the transposed one divides by the stride
                     ("conv", apply_kernel, ("x", "y"), False),
                     ("conv input", apply_kernel, ("x", "y"), True),
                     ("conv weight", sums_kernel, ("dy", "x"), None),
-                ):
+                )[slice(1, 2) if stride > 1 else slice(3)]:
                     if kernel is apply_kernel:
                         pointers = dict.fromkeys(("x", "w", "y"), f"*{t}") | ({} if transposed else {"b": f"*{t}"})
                     else:
@@ -299,8 +299,8 @@ def specs(warp: int) -> list[Spec]:
                     strides = [f"{g}{k}" for g in given for k in "nchw" if k != one]
                     sizes, warps = tile(256, 56 * 56, last, size, 0 if kernel is apply_kernel else R * R + 1, warp)
                     constants = options | sizes | {f"{g}{one}": 1 for g in given}
-                    constants |= {"TRANSPOSED": transposed, "b": None} if transposed else {"TRANSPOSED": transposed}
-                    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+                    if kernel is apply_kernel:
+                        constants |= {"TRANSPOSED": transposed} | ({"b": None} if transposed else {})
                     few = "as many channels a thread as the sums in registers have room for" if kernel is sums_kernel else ""
                     types = pointers | dict.fromkeys(strides, "i32") | common
                     aligned = (*pointers, *strides, "C")

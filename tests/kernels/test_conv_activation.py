@@ -155,7 +155,7 @@ def test_module(device, activation):
 
 def test_what_the_kernel_cannot_take(device):
     x, w, b = (t.double() for t in drawn(device, 1, 2, 3, 3))
-    with pytest.raises(ValueError, match="conv2d_activation: backend='triton' cannot run here: .*float32, not float64"):
+    with pytest.raises(ValueError, match=r"conv2d_activation: backend='triton' cannot run here: .*float32, not float64"):
         bp.functional.conv2d_activation(x, w, b, backend="triton")
     with pytest.raises(ValueError, match="conv2d_activation: activation='elu' is not known; choose from 'relu', 'silu'"):
         bp.functional.conv2d_activation(x, w, b, activation="elu")
