@@ -51,7 +51,7 @@ def apart(b, BITS: tl.constexpr):
 
 @triton.jit
 def places(p, N, GROUP: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FULL: tl.constexpr):
-    """Of tile p: its groups, elements and bytes, and which of them there are. A full tile's masks are constants."""
+    """Of tile p: its groups, elements and bytes, and which of them there are. A full tile's masks do not know N."""
     K: tl.constexpr = 8 // BITS
     g = p * BM + tl.arange(0, BM)  # BM
     n = tl.arange(0, BN)[None, :]  # 1 BN
