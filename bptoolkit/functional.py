@@ -60,6 +60,8 @@ from bptoolkit.ops.dropout import dropout1d as dropout1d
 from bptoolkit.ops.dropout import dropout2d as dropout2d
 from bptoolkit.ops.dropout import dropout3d as dropout3d
 from bptoolkit.ops.dropout import feature_alpha_dropout as feature_alpha_dropout
+from bptoolkit.ops.dropout_add_norm import dropout_add_layer_norm as dropout_add_layer_norm
+from bptoolkit.ops.dropout_add_norm import dropout_add_rms_norm as dropout_add_rms_norm
 from bptoolkit.ops.embedding import embedding as embedding
 from bptoolkit.ops.embedding_bag import embedding_bag as embedding_bag
 from bptoolkit.ops.fold import fold as fold

@@ -84,6 +84,8 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "rms_norm": lambda n, s: (r(20 + s, n, 6), (6,), r(6)),
     "add_layer_norm": lambda n, s: (r(20 + s, n, 6), r(20 + s, n, 6), (6,), r(6), r(6)),
     "add_rms_norm": lambda n, s: (r(20 + s, n, 6), r(20 + s, n, 6), (6,), r(6)),
+    "dropout_add_layer_norm": lambda n, s: (r(20 + s, n, 6), r(20 + s, n, 6), (6,), r(6), r(6)),
+    "dropout_add_rms_norm": lambda n, s: (r(20 + s, n, 6), r(20 + s, n, 6), (6,), r(6)),
     "weight_norm": lambda n, s: (r(20 + s, n), r(20 + s, 1)),
     "spectral_norm": lambda n, s: (r(20 + s, n), torch.ones(20 + s), torch.ones(n)),
     "local_response_norm": lambda n, s: (r(20 + s, 6, n), 3),

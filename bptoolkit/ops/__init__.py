@@ -64,6 +64,7 @@ NAMES = (
     "max_unpool",
     "fractional_max_pool",
     "dropout",
+    "dropout_add_norm",
     "embedding",
     "embedding_bag",
     "bilinear",
