@@ -28,7 +28,7 @@ from bptoolkit.triton_kernels.operator import operator
 TILE = 2048  # elements, for lines that are shorter than that
 PASSING = 4096  # elements of a tile of longer lines
 ALONG = 32  # neighbours in I that a tile has where it can: the bytes of one access to memory
-PER_THREAD = 16  # elements of a tile
+PER_THREAD, STRIDED = 16, 8  # elements of a tile; of one along I, where more spill on sm_100 with every option
 
 
 @triton.jit
@@ -116,7 +116,10 @@ def backward_kernel(
     c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)  # BC
     mask = rows[:, None] & (c < C)[None, :]
     place_ = row[:, None] + c.to(tl.int64)[None, :] * xc  # BM BC
-    X = tl.load(x + place_, mask & counts[:, None], other=0.0).to(tl.float32)  # BM BC
+    read = mask
+    if DENSE:  # a line that is ignored is not read; along I such a mask would make the loads narrow
+        read = mask & counts[:, None]
+    X = tl.load(x + place_, read, other=0.0).to(tl.float32)  # BM BC
     if CAP:
         X = X / cap
         P = tl.exp(cap * tanh(X) - top[:, None] - log[:, None])
@@ -131,7 +134,7 @@ def backward_kernel(
         DX -= F
     if CAP:
         DX *= tanh_slope(X)
-    DX = tl.where(counts[:, None], DX, (0 * log)[:, None])  # an ignored line is not read; of one with NaN 0 · p is NaN
+    DX = tl.where(counts[:, None], DX, (0 * log)[:, None])  # 0 · p, NaN in a line of NaN
     tl.store(dx + (a * C * I + i)[:, None] + c.to(tl.int64)[None, :] * I, DX.to(dx.dtype.element_ty), mask)
 
 
@@ -140,7 +143,7 @@ def tile(C: int, I: int, warp: int) -> tuple[int, int, int]:
     BC = min(triton.next_power_of_2(C), PASSING)
     BM = max(1, TILE // BC) if I == 1 else min(triton.next_power_of_2(I), max(ALONG, TILE // BC))
     BC = min(BC, PASSING // BM)
-    return BM, BC, min(max(BM * BC // (PER_THREAD * warp), 1), 1024 // warp)
+    return BM, BC, min(max(BM * BC // ((PER_THREAD if I == 1 else STRIDED) * warp), 1), 1024 // warp)
 
 
 def _options(C: int, ignore: int, smoothing: float, z_loss: float, softcap: float | None) -> tuple:
