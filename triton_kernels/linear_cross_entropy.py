@@ -24,6 +24,7 @@ from bptoolkit.triton_kernels.operator import operator
 BLOCK = 4096  # elements of a row at a time
 PER_WARP = 512  # of them
 CHUNK, LEAST, MOST = 1 << 26, 2048, 4096  # logits in a chunk; rows in one, between these two as many as columns of W
+TILE = 128  # they are a multiple of it
 ALIGN = 64  # rows of logits begin at a multiple of so many elements
 
 
@@ -151,9 +152,9 @@ def most_rows(C: int, I: int) -> int:
 
 
 def chunk_of(N: int, C: int, I: int) -> int:
-    """Rows in a chunk: all chunks but the last are alike, and in tiles of 128."""
+    """Rows in a chunk: all chunks but the last are alike."""
     count = triton.cdiv(N, most_rows(C, I))
-    return min(N, triton.cdiv(triton.cdiv(N, count), 128) * 128)
+    return min(N, triton.cdiv(triton.cdiv(N, count), TILE) * TILE)
 
 
 def unit(t: Tensor) -> Tensor:

@@ -324,7 +324,7 @@ def reference(input, linear_weight, target, *, linear_bias=None, weight=None, ig
     if not z_loss:
         return l
     counts = target != ignore
-    vk = torch.where(counts, 1 if weight is None else weight[torch.where(counts, target, 0)], 0)
+    vk = counts.to(a.dtype) if weight is None else torch.where(counts, weight[torch.where(counts, target, 0)], 0)
     z = z_loss * vk * a.logsumexp(-1).square()
     reduction = kw.get("reduction", "mean")
     return l + (z if reduction == "none" else z.sum() if reduction == "sum" else z.sum() / vk.sum()).to(l.dtype)

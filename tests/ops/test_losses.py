@@ -157,6 +157,46 @@ def test_rows_in_chunks(monkeypatch, reduction, smoothing, weighted):
     close(fast, torch.autograd.grad(y, (x, w, b), create_graph=True))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("z_loss, softcap", [(0.3, None), (0.0, 1.5), (0.3, 1.5)])
+def test_z_loss_and_softcap_in_chunks(monkeypatch, reduction, z_loss, softcap):
+    """The maths written out, by class weights too, to second order; chunks as above."""
+    monkeypatch.setattr("bptoolkit.ops.linear_cross_entropy.CHUNK", 20)
+    monkeypatch.setattr("bptoolkit.ops.linear_cross_entropy.LEAST", 3)
+    x, w, b, v, k = double(8, 3), double(5, 3), double(5), torch.rand(5).double() + 0.5, torch.tensor([0, 1, 4, 2, 1, 3, 0, 1])
+    kw = {"linear_bias": b, "ignore_index": 1, "reduction": reduction, "label_smoothing": 0.2}
+
+    def ours(x, v):
+        return f.linear_cross_entropy(x, w, k, weight=v, z_loss=z_loss, softcap=softcap, **kw)
+
+    def plain(x, v):
+        t = F.linear(x, w, b)
+        t = t if softcap is None else softcap * torch.tanh(t / softcap)
+        share = 0.8 * F.one_hot(k, 5) + 0.2 / 5
+        l = (k != 1) * (z_loss * v[k] * t.logsumexp(1) ** 2 - (share * v * t.log_softmax(1)).sum(1))
+        return l if reduction == "none" else l.sum() / (1 if reduction == "sum" else (v[k] * (k != 1)).sum())
+
+    for fn in (torch.func.jacrev, torch.func.jacfwd, lambda g, at: torch.func.jacrev(torch.func.jacrev(g, at), at)):
+        close(fn(ours, (0, 1))(x, v), fn(plain, (0, 1))(x, v), rtol=1e-9, atol=1e-11)
+    y = ours(x, v).sum()
+    close(torch.autograd.grad(y, (x, w, b)), torch.autograd.grad(plain(x, v).sum(), (x, w, b)))  # in place
+
+
+def test_z_loss_and_softcap_say_what_is_wrong():
+    x, w, k = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
+    for kw, words in (
+        ({"z_loss": -1.0}, "z_loss=-1.0 is not at least 0"),
+        ({"softcap": 0.0}, "softcap=0.0 is not above 0"),
+        ({"softcap": float("nan")}, "softcap=nan is not above 0"),
+    ):
+        with pytest.raises(ValueError, match=f"linear_cross_entropy: {words}"):
+            f.linear_cross_entropy(x, w, k, **kw)
+    with pytest.raises(ValueError, match="z_loss=0.1 and softcap=None go with class indices .*not with class probabilities"):
+        f.linear_cross_entropy(x, w, torch.rand(3, 5), z_loss=0.1)
+    with pytest.raises(ValueError, match="softcap=2.0 go with class indices .*not with a loss of 1 more dimensions"):
+        f.linear_cross_entropy(x, torch.randn(5, 2, 4), torch.zeros(3, 2, dtype=torch.long), softcap=2.0)
+
+
 def test_linear_cross_entropy_keeps_its_inputs():
     from bptoolkit.bench import saved_bytes
 
