@@ -19,6 +19,7 @@ from bptoolkit.triton_kernels.functions import activate, chain
 from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense, programs
 from bptoolkit.triton_kernels.operator import operator
 
+AT_A_TIME = 2  # times `programs`: 32 warps on each multiprocessor, as many as 64 registers a thread leave room for
 NARROW = 256  # columns of a tile in backward, at most: there are more rows of tiles to share, and fewer sums for each
 
 
@@ -72,7 +73,7 @@ def backward_into(dy, x, b, c, dx, y, need_b, name):
         return db.zero_()
     BM, BN, warps = tile_backward(N, WARP)
     J = triton.cdiv(N, BN)
-    P = min(triton.cdiv(M, BM), max(1, programs(x.device, warps) // J))
+    P = min(triton.cdiv(M, BM), max(1, AT_A_TIME * programs(x.device, warps) // J))
     partial = torch.empty((P, N), dtype=torch.float32, device=x.device) if need_b else None
     shape = (*dy.stride(), *x.stride(), M, N, name, BM, BN)
     backward_kernel[(J, P)](dy, x, b, c, dx, partial, y, *shape, num_warps=warps, enable_fp_fusion=True)

@@ -25,9 +25,9 @@ def arguments(M, N, dtype=torch.float32, device="cpu"):
     return normal(M, N, dtype=dtype, device=device) * 2, normal(N, dtype=dtype, device=device, seed=4)
 
 
-# Rows and columns: either side of a tile, one and several tiles to a program (there are three programs in the interpreter).
+# Rows and columns: either side of a tile, one and several tiles to a program (at most six programs in the interpreter).
 SIZES = [
-    *product((1, 7, 8, 9, 25), (255, 256, 257)),
+    *product((1, 7, 8, 9, 57), (255, 256, 257)),
     *product((31, 32, 33, 97, 200), (33, 64)),
     *product((1, 3, 5), (1, 511, 513, 1000)),
     *product((2047, 2049, 6200), (1,)),

@@ -23,7 +23,7 @@ def tensors(*shapes, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", gated.GATES)
 def test_what_gated_mlp_keeps(activation, dtype):
-    """x, g and u: D + 2 H elements a row, where autograd has D + 4 H, for relu D + 3 H. But for the weights, there in any case."""
+    """x, g and u: D + 2 H elements a row, where autograd has D + 4 H, for relu D + 3 H. Weights aside."""
     D, H = 64, 172
     x, *w = tensors((32, D), (H, D), (H, D), (D, H), dtype=dtype)
     ours, theirs = (saved_bytes(lambda c=c: c(x, *w, activation), but=w) for c in (f.gated_mlp, gated.reference))
