@@ -37,8 +37,8 @@ from bptoolkit.ops.avg_pool import avg_pool1d as avg_pool1d
 from bptoolkit.ops.avg_pool import avg_pool2d as avg_pool2d
 from bptoolkit.ops.avg_pool import avg_pool3d as avg_pool3d
 from bptoolkit.ops.batch_norm import batch_norm as batch_norm
-from bptoolkit.ops.bias_activation import bias_activation as bias_activation
 from bptoolkit.ops.batch_norm_relu import batch_norm_relu as batch_norm_relu
+from bptoolkit.ops.bias_activation import bias_activation as bias_activation
 from bptoolkit.ops.bilinear import bilinear as bilinear
 from bptoolkit.ops.binary_cross_entropy import binary_cross_entropy as binary_cross_entropy
 from bptoolkit.ops.binary_cross_entropy import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits

@@ -191,9 +191,9 @@ def test_z_loss_and_softcap_say_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=f"linear_cross_entropy: {words}"):
             f.linear_cross_entropy(x, w, k, **kw)
-    with pytest.raises(ValueError, match="z_loss=0.1 and softcap=None go with class indices .*not with class probabilities"):
+    with pytest.raises(ValueError, match=r"z_loss=0.1 and softcap=None go with class indices .*not with class probabilities"):
         f.linear_cross_entropy(x, w, torch.rand(3, 5), z_loss=0.1)
-    with pytest.raises(ValueError, match="softcap=2.0 go with class indices .*not with a loss of 1 more dimensions"):
+    with pytest.raises(ValueError, match=r"softcap=2.0 go with class indices .*not with a loss of 1 more dimensions"):
         f.linear_cross_entropy(x, torch.randn(5, 2, 4), torch.zeros(3, 2, dtype=torch.long), softcap=2.0)
 
 
