@@ -11,6 +11,7 @@ positions count as samples, and S is 1.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import torch
@@ -95,24 +96,9 @@ def measure_kernel(x, n, mean, M2, xm, xc, xs, M, C, S, P, BM: tl.constexpr, BC:
 
 @triton.jit(do_not_specialize=["P"])
 def statistics_kernel(
-    n,
-    mean,
-    M2,
-    old_mean,
-    old_var,
-    m,
-    r,
-    new_mean,
-    new_var,
-    P,
-    C,
-    M,
-    eps,
-    momentum,
-    unbiased,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-):
+    n, mean, M2, old_mean, old_var, m, r, new_mean, new_var, P, C, M, eps, momentum, unbiased,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     c = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)  # BC
     channels = c < C
     first = tl.load(mean + c, channels, other=0.0)
@@ -203,7 +189,7 @@ def gradient_kernel(
             DM += tl.load(dm + c, c < C, other=0.0)
         if dr is not None:
             DR += tl.load(dr + c, c < C, other=0.0)
-        DX += DM / count - t * (R * R * R * DR / count)
+        DX += DM / count - (t * R) * (R * (R * DR) / count)  # not r³, which leaves float32's range where x is large
     tl.store(dx + i * C * S + c * S + s, DX.to(dx.dtype.element_ty), mask)
 
 
@@ -246,15 +232,15 @@ def tile(M: int, C: int, S: int, warp: int) -> tuple[int, int, int, int]:
 
 
 class Grid:
-    """The sizes of the launches over a tensor."""
+    """The sizes of the launches over a tensor of M C S."""
 
-    def __init__(self, x: Tensor, inner: bool) -> None:
-        self.M, self.C, self.S = shape = view(x, inner).shape
-        *self.blocks, self.warps = tile(*shape, WARP)
+    def __init__(self, x: Tensor) -> None:
+        self.M, self.C, self.S = shape = x.shape
+        *self.blocks, warps = tile(*shape, WARP)
         BM, BC, BS = self.blocks
         self.tiles, self.groups = triton.cdiv(self.M, BM) * triton.cdiv(self.S, BS), triton.cdiv(self.C, BC)
-        self.P = min(self.tiles, triton.cdiv(2 * programs(x.device, self.warps), self.groups))  # that share a channel
-        self.options = {"num_warps": self.warps, "enable_fp_fusion": True}
+        self.P = min(self.tiles, triton.cdiv(2 * programs(x.device, warps), self.groups))  # programs that share a channel
+        self.options = {"num_warps": warps, "enable_fp_fusion": True}
 
 
 def _launch_forward(
@@ -272,8 +258,8 @@ def _launch_forward(
     if not x.numel():
         kept = [t.copy_(old) if t.numel() else t for t, old in ((new_mean, running_mean), (new_var, running_var))]
         return y, m.zero_(), r.zero_(), *kept
-    inner = innermost(x)
-    x3, grid = view(x, inner), Grid(x, inner)
+    x3 = view(x, innermost(x))
+    grid = Grid(x3)
     P, C, count = grid.P, grid.C, grid.M * grid.S
     if training:
         n, mean, M2 = (torch.empty(size, dtype=torch.float32, device=x.device) for size in (P, (P, C), (P, C)))
@@ -313,7 +299,7 @@ def _launch_backward(
         return dx, dw.zero_(), db.zero_()
     inner = innermost(x)
     x3, dy3 = (view(t, inner) for t in (x, x.new_zeros(()).expand(x.shape) if dy is None else dy))
-    grid, (w, b, m, r, dm, dr) = Grid(x, inner), map(dense, (w, b, m, r, dm, dr))
+    grid, (w, b, m, r, dm, dr) = Grid(x3), map(dense, (w, b, m, r, dm, dr))
     strides, sizes = (*dy3.stride(), *x3.stride()), (grid.M, grid.C, grid.S)
     s1 = s2 = None
     if training or need[1] or need[2]:
@@ -326,11 +312,10 @@ def _launch_backward(
         dw = s2 * r if need[1] else dw
         db = s1 if need[2] else db
     if need[0]:
-        read = (
-            (dy3, dm, dr, x3, w, b, m, r, s1, s2)
-            if training
-            else (dy3, None, None, x3 if relu else None, w, b, m, r, None, None)
-        )
+        if not training:  # m and r are constants, and x is there for the relu's sign alone
+            dm = dr = s1 = s2 = None
+            x3 = x3 if relu else None
+        read = (dy3, dm, dr, x3, w, b, m, r, s1, s2)
         shape = (*strides, *sizes, float(grid.M * grid.S), relu, *grid.blocks)
         gradient_kernel[(grid.tiles * grid.groups,)](*read, dx, *shape, **grid.options)
     return dx, dw, db
@@ -345,7 +330,7 @@ FORWARD = operator("triton_batch_norm", _launch_forward, _fake_forward)
 BACKWARD = operator("triton_batch_norm_backward", _launch_backward, _fake_backward)
 
 
-def _forward(relu, x, w, b, running_mean, running_var, training, momentum, eps):
+def forward(relu, x, w, b, running_mean, running_var, training, momentum, eps):
     y, m, r, *new = FORWARD(x, w, b, running_mean, running_var, training, momentum, eps, relu)
     if training and running_mean is not None:
         running_mean.copy_(new[0])
@@ -353,29 +338,13 @@ def _forward(relu, x, w, b, running_mean, running_var, training, momentum, eps):
     return y, m, r
 
 
-def _backward(relu, dy, dm, dr, x, w, b, m, r, training, need):
+def backward(relu, dy, dm, dr, x, w, b, m, r, training, need):
+    if not (relu or need.x or need.w):
+        return batch_norm.RULE.backward(dy, dm, dr, x, w, b, m, r, training, need)  # x has not been kept
     dx, dw, db = BACKWARD(dy, dm, dr, x, w, b, m, r, training, relu, [need.x, need.w, need.b])
     dw = dw.to(w.dtype) if need.w else None
     db = db.to(b.dtype) if need.b else None
     return dx if need.x else None, dw, db, None, None
-
-
-def forward(x, w, b, running_mean, running_var, training, momentum, eps):
-    return _forward(False, x, w, b, running_mean, running_var, training, momentum, eps)
-
-
-def backward(dy, dm, dr, x, w, b, m, r, training, need):
-    if not (need.x or need.w):
-        return batch_norm.RULE.backward(dy, dm, dr, x, w, b, m, r, training, need)  # x has not been kept
-    return _backward(False, dy, dm, dr, x, w, b, m, r, training, need)
-
-
-def relu_forward(x, w, b, running_mean, running_var, training, momentum, eps):
-    return _forward(True, x, w, b, running_mean, running_var, training, momentum, eps)
-
-
-def relu_backward(dy, dm, dr, x, w, b, m, r, training, need):
-    return _backward(True, dy, dm, dr, x, w, b, m, r, training, need)
 
 
 def unsupported(x, w, b, running_mean, running_var, training, momentum, eps) -> str | None:
@@ -383,8 +352,8 @@ def unsupported(x, w, b, running_mean, running_var, training, momentum, eps) -> 
     return computed_in_float32(x)
 
 
-KERNEL = Kernel(forward, backward, unsupported)
-RELU = Kernel(relu_forward, relu_backward, unsupported)
+KERNEL = Kernel(partial(forward, False), partial(backward, False), unsupported)
+RELU = Kernel(partial(forward, True), partial(backward, True), unsupported)
 
 
 SHAPES = {"planes": (32, 64, 3136), "short": (2, 512, 64), "inner": (8192, 256, 1)}
@@ -393,14 +362,14 @@ SHAPES = {"planes": (32, 64, 3136), "short": (2, 512, 64), "inner": (8192, 256, 
 def specs(warp: int) -> list[Spec]:
     """The kernels at the shipped configurations: planes of positions, short ones of few samples, and channels innermost."""
     every = []
-    partial, vectors, sums = (dict.fromkeys(names.split(), "*fp32") for names in ("n mean M2", "m r", "s1 s2"))
+    shares, vectors, sums = (dict.fromkeys(names.split(), "*fp32") for names in ("n mean M2", "m r", "s1 s2"))
     for t, (name, shape) in product(("bf16", "fp32"), SHAPES.items()):
         *blocks, warps = tile(*shape, warp)
         known = {"S": 1, "xc": 1, "dyc": 1, "xs": 0, "dys": 0} if name == "inner" else {"xs": 1, "dys": 1}
         known |= dict(zip(("BM", "BC", "BS"), blocks))
         x, dy = {"x": f"*{t}"}, {"dy": f"*{t}"}
         read = x | dict.fromkeys(("w", "b"), f"*{t}") | vectors
-        every.append(_spec(f"batch_norm measure {name} {t}", measure_kernel, x | partial, known, warps))
+        every.append(_spec(f"batch_norm measure {name} {t}", measure_kernel, x | shares, known, warps))
         for op, on in (("batch_norm", False), ("batch_norm_relu", True)):
             one = known | {"RELU": on}
             every.append(_spec(f"{op} normalize {name} {t}", normalize_kernel, read | {"y": f"*{t}"}, one, warps))
@@ -409,7 +378,7 @@ def specs(warp: int) -> list[Spec]:
             every.append(_spec(f"{op} gradient {name} {t}", gradient_kernel, read | dy | sums | second, one, warps))
     tracked = dict.fromkeys(("old_mean", "old_var", "new_mean", "new_var"), "*fp32")
     known = {"BP": SHARES, "BC": CHANNELS}
-    every.append(_spec("batch_norm statistics", statistics_kernel, partial | vectors | tracked, known, 4, M="fp32"))
+    every.append(_spec("batch_norm statistics", statistics_kernel, shares | vectors | tracked, known, 4, M="fp32"))
     return every
 
 

@@ -158,6 +158,18 @@ def test_large_mean(device, inner, first):
         torch.testing.assert_close(y.double(), F.batch_norm(x.double(), None, None, training=True), rtol=0, atol=3e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e15])
+def test_the_ends_of_the_range(device, scale):
+    """Nothing on the way to dx, such as r³, leaves it."""
+    x, dy = normal(7, 3, 5, device=device) * scale, normal(7, 3, 5, device=device, seed=1)
+    leaves = [t.requires_grad_() for t in (x.detach(), x.double())]
+    y = bp.functional.batch_norm_relu(leaves[0], None, None, training=True, backend="triton")
+    z = torch.relu(F.batch_norm(leaves[1], None, None, training=True))
+    (dx,), (dz,) = (torch.autograd.grad(o, t, dy.to(o.dtype)) for o, t in zip((y, z), leaves))
+    torch.testing.assert_close(y.double(), z, atol=1e-6, rtol=1e-6)
+    assert (dx - dz).abs().max() <= 1e-5 * dz.abs().max()
+
+
 @each_rule
 @each_mode
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
