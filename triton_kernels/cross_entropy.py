@@ -28,6 +28,7 @@ from bptoolkit.triton_kernels.operator import operator
 TILE = 2048  # elements, for lines that are shorter than that
 PASSING = 4096  # elements of a tile of longer lines
 ALONG = 32  # neighbours in I that a tile has where it can: the bytes of one access to memory
+LINES = 128  # of a tile at most, one a thread: what is known of each takes registers
 PER_THREAD, STRIDED = 16, 8  # elements of a tile; of one along I, where more spill on sm_100 with every option
 
 
@@ -78,7 +79,7 @@ def forward_kernel(
     log = log1p(rest)  # BM
     L = -hard * WK * (XK - top - log)  # BM
     if SMOOTH:
-        all_ = C.to(tl.float32)
+        all_ = C * 1.0  # C is a constant where it is 1
         if w1 is not None:
             all_ = tl.load(w1)
         L -= soft * (tl.sum(T, 1) - all_ * (top - near + log))
@@ -105,7 +106,7 @@ def backward_kernel(
     hit = hard * D * WK
     rest = tl.zeros((BM,), tl.float32)  # p's factor but for hit
     if SMOOTH:
-        all_ = C.to(tl.float32)
+        all_ = C * 1.0  # C is a constant where it is 1
         if w1 is not None:
             all_ = tl.load(w1)
         rest += soft * D * all_
@@ -141,9 +142,11 @@ def backward_kernel(
 def tile(C: int, I: int, warp: int) -> tuple[int, int, int]:
     """BM, BC and the number of warps, of `warp` threads each."""
     BC = min(triton.next_power_of_2(C), PASSING)
-    BM = max(1, TILE // BC) if I == 1 else min(triton.next_power_of_2(I), max(ALONG, TILE // BC))
+    BM = min(TILE // BC, LINES) or 1
+    BM = BM if I == 1 else min(triton.next_power_of_2(I), max(ALONG, BM))
     BC = min(BC, PASSING // BM)
-    return BM, BC, min(max(BM * BC // ((PER_THREAD if I == 1 else STRIDED) * warp), 1), 1024 // warp)
+    threads = max(BM * BC // (PER_THREAD if I == 1 else STRIDED), BM)
+    return BM, BC, min(max(threads // warp, 1), 1024 // warp)
 
 
 def _options(C: int, ignore: int, smoothing: float, z_loss: float, softcap: float | None) -> tuple:
@@ -224,16 +227,18 @@ KERNEL = Kernel(forward, backward, unsupported)
 
 
 def specs(warp: int) -> list[Spec]:
-    """The kernels at the shipped configurations: few classes, common, a vocabulary; pixels; every option."""
+    """The kernels at the shipped configurations: one class, few, common, a vocabulary; pixels; every option."""
     every = []
     plain = {"SMOOTH": False, "Z": False, "CAP": False, "w": None, "w1": None}
-    shapes = ((16, 1, 0), (1008, 1, 0), (131072, 1, 0), (131072, 1, 1), (16, 4096, 1), (4096, 4096, 0))
+    shapes = ((1, 1, 1), (16, 1, 0), (1008, 1, 0), (131072, 1, 0), (131072, 1, 1), (16, 4096, 1), (4096, 4096, 0))
     for t, (C, I, all_) in product(("bf16", "fp32"), shapes):
         BM, BC, warps = tile(C, I, warp)
         tensors = {"x": f"*{t}", "k": "*i64", "m": "*fp32", "s": "*fp32"}
         constants = {"DENSE": I == 1, "BM": BM, "BC": BC} | ({"I": 1, "xc": 1} if I == 1 else {"xi": 1})
+        constants |= {"C": 1} if C == 1 else {}
         constants |= {"SMOOTH": True, "Z": True, "CAP": True} if all_ else plain
         tensors |= {"w": f"*{t}", "w1": "*fp32"} if all_ else {}
+        narrow = "Triton makes a constant of a 1: there is nothing to read along" if C == 1 else ""
         for name, kernel, more in (
             ("", forward_kernel, {"l": "*fp32", "wk": "*fp32"}),
             (" backward", backward_kernel, {"d": "*fp32", "dx": f"*{t}"}),
@@ -243,5 +248,5 @@ def specs(warp: int) -> list[Spec]:
             types = pointers | dict.fromkeys((*sizes, "A", "ignore", "dn"), "i32")
             types |= dict.fromkeys(("hard", "soft", "z_loss", "cap"), "fp32")
             label = f"cross_entropy{name} {t} {C}" + (f"x{I}" if I > 1 else "") + (" every option" if all_ else "")
-            every.append(Spec(label, kernel, types, constants, (*pointers, *sizes), warps))
+            every.append(Spec(label, kernel, types, constants, (*pointers, *sizes), warps, narrow=narrow))
     return every
