@@ -172,7 +172,7 @@ def test_z_loss_and_softcap_in_chunks(monkeypatch, reduction, z_loss, softcap):
     def plain(x, v):
         t = F.linear(x, w, b)
         t = t if softcap is None else softcap * torch.tanh(t / softcap)
-        share = 0.8 * F.one_hot(k, 5) + 0.2 / 5
+        share = 0.8 * F.one_hot(k, 5).double() + 0.2 / 5
         l = (k != 1) * (z_loss * v[k] * t.logsumexp(1) ** 2 - (share * v * t.log_softmax(1)).sum(1))
         return l if reduction == "none" else l.sum() / (1 if reduction == "sum" else (v[k] * (k != 1)).sum())
 
