@@ -198,7 +198,7 @@ def _launch_weight(
     dy: Tensor, x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[Tensor, Tensor]:
     dw, db = _fake_weight(dy, x, w, stride, padding, dilation)
-    if not dy.numel() or not x.numel():
+    if not dy.numel():
         return dw.zero_(), db.zero_()
     dy, x, options = _image(dy), _image(x), _options(w, stride, padding, dilation)
     (N, C, OH, OW), K = dy.shape, prod(w.shape[2:])
@@ -268,7 +268,7 @@ def unsupported(x, w, b, stride, padding, dilation, tail, groups) -> str | None:
         )
     if K > LARGEST:
         return f"the fused kernel takes kernels of {LARGEST} elements at most, not {K}"
-    if prod(m + 2 * p for m, p in zip(x.shape[2:], padding)) >= 2**30:
+    if prod([m + 2 * p for m, p in zip(x.shape[2:], padding)]) >= 2**30:  # a list: Dynamo knows no prod of a generator
         return f"an image of {tuple(x.shape[2:])} is too large for the fused kernel, which counts its positions in 32 bits"
     return computed_in_float32(x)
 
