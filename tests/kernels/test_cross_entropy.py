@@ -42,7 +42,15 @@ def short(monkeypatch):
 
 @pytest.mark.parametrize(
     "N, C, I",
-    [*product((1, 3, 31, 33), (33, 64), (1,)), (2049, 1, 1), (5, 1025, 1), *product((1, 2), (3, 65), (2, 33)), (1, 5, 1030)],
+    [
+        *product((1, 3, 31, 33), (33, 64), (1,)),
+        (2049, 1, 1),
+        (127, 2, 1),
+        (129, 3, 1),
+        (5, 1025, 1),
+        *product((1, 2), (3, 65), (2, 33)),
+        (1, 5, 1030),
+    ],
 )
 def test_sizes(device, N, C, I):
     run(normal(*((N, C) if I == 1 else (N, C, I)), device=device))
