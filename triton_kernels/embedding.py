@@ -22,8 +22,8 @@ from bptoolkit.triton_kernels.operator import operator
 
 LENGTH = 64  # places of a chunk
 WIDEST = 1024  # elements of a row at a time
-PLACES = 4  # of a tile, and more of them where rows are short
-PER_THREAD = 32  # elements of a tile
+PLACES = 4  # of a tile, and twice as many where rows are short
+PER_THREAD = 16  # elements of a tile
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def rows_kernel(
 def tile(E: int, warp: int) -> tuple[int, int, int]:
     """BR, BE and the number of warps, of `warp` threads each, for rows of E elements."""
     BE = min(triton.next_power_of_2(E), WIDEST)
-    BR = max(PLACES, min(16, WIDEST // BE))
+    BR = max(PLACES, min(2 * PLACES, WIDEST // BE))
     return BR, BE, max(BR * BE // (PER_THREAD * warp), 1)
 
 
