@@ -137,13 +137,13 @@ def backward_fused(dl, x, w, b, v, k, l, gx, gw, gb, ignore, reduction, smoothin
     if torch.is_grad_enabled() or not set(letters) <= set(wanted):  # it is being differentiated: no constants
         return backward(dl, x, w, b, v, k, l, ignore, reduction, smoothing, z_loss, softcap, need)
     _, counts, vk = at_index(x, v, k, ignore)  # N
-    d = torch.where(counts.any(), share(dl, vk.sum(), reduction), 0)
-    d = d.reshape(1)  # of one dimension, so that half tensors are multiplied in float32
-    return *(scaled(g, d, t) if n else None for g, t, n in zip((gx, gw, gb), (x, w, b), need)), None, None
+    d = share(dl, vk.sum(), reduction)
+    d = torch.where(counts, d, 0).unsqueeze(1), *(torch.where(counts.any(), d, 0).reshape(1),) * 2  # N 1; 1
+    return *(scaled(g, e, t) if n else None for g, e, t, n in zip((gx, gw, gb), d, (x, w, b), need)), None, None
 
 
 def scaled(g, d, t):
-    """g d, in t's dtype."""
+    """g d, in t's dtype; d has a dimension, so that half tensors are multiplied in float32."""
     if unwatched(g, d):
         return torch.mul(g, d, out=torch.empty(g.shape, dtype=t.dtype, device=g.device))  # nothing besides is allocated
     return (g * d).to(t.dtype)

@@ -180,6 +180,17 @@ def test_all_ignored(device):
         assert not torch.autograd.grad(l, x)[0].any()
 
 
+def test_infinite_cotangent(device):
+    """Nothing comes to the rows that are ignored, as in the eager rule."""
+    x, w, _, _, k = tensors(3, 4, 2, device)
+    x.requires_grad_()
+    for reduction in ("mean", "sum"):
+        (dx,) = torch.autograd.grad(
+            f(x, w, k, reduction=reduction, backend="triton"), x, torch.tensor(torch.inf, device=device)
+        )
+        assert not dx[1].any() and not dx[[0, 2]].isfinite().any()
+
+
 def test_which_rule_makes_gradients(device):
     """In forward only where they are wanted, and only those; for "none", and by class weights, in backward."""
     x, w, b, v, k = tensors(4, 5, 3, device)
