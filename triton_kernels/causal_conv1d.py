@@ -234,10 +234,18 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty(B, D, L, dtype=x.dtype, device=x.device)
 
 
+def _laid_out(t: Tensor, last: bool) -> Tensor:
+    """t, or a copy, whose channels or positions lie side by side: addresses of any strides make registers spill."""
+    if t.stride(1 if last else 2) == 1:
+        return t
+    return t.transpose(1, 2).contiguous().transpose(1, 2) if last else t.contiguous()
+
+
 def _launch_forward(x: Tensor, w: Tensor, c: Tensor | None, activation: str) -> Tensor:
     (B, D, L), K, y = x.shape, w.shape[1], _like(x)
     if x.numel():
-        sizes, warps = tile(D, K, is_last(x), x.element_size(), WARP)
+        last = is_last(x)
+        x, (sizes, warps) = _laid_out(x, last), tile(D, K, last, x.element_size(), WARP)
         grid = (B * triton.cdiv(D, sizes["BD"]) * triton.cdiv(L, PIECE),)
         args = (x, w.contiguous(), dense(c), y, *x.stride(), *y.stride(), B, D, L)
         forward_kernel[grid](*args, activation, K, **sizes, num_warps=warps, enable_fp_fusion=True)
@@ -255,7 +263,8 @@ def _launch_backward(
     dx, dw, dc = _fake_backward(dy, x, w, c, activation, need)
     if not x.numel():
         return dx, dw.zero_(), dc.zero_()
-    sizes, warps = tile(D, K, is_last(x), x.element_size(), WARP)
+    last = is_last(x)
+    dy, x, (sizes, warps) = _laid_out(dy, last), _laid_out(x, last), tile(D, K, last, x.element_size(), WARP)
     tiles = triton.cdiv(D, sizes["BD"])
     P = min(B * triton.cdiv(L, PIECE), max(programs(x.device, warps) // tiles, 1))
     sums = torch.empty(P, K + 1, D, dtype=torch.float32, device=x.device) if need[1] or need[2] else None
