@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from fused import double, each_dtype
+from fused import by_name, double, each_dtype, takes
 from helpers import draw_call, floats
 from torch import Tensor
 from torch.library import opcheck
@@ -38,22 +38,6 @@ def test_every_file_is_used():
 
     stems = {m.__name__.rpartition(".")[2] for m in aot.modules()}
     assert stems <= {*bptoolkit.ops.NAMES, "compress"}, stems
-
-
-def fused(op):
-    """The op's function, its kernel asked for by name."""
-    return lambda *a, **kw: op.call(*a, **kw, backend="triton")
-
-
-def takes(op, case):
-    """Whether the kernel takes the call, in float32."""
-    try:
-        fused(op)(*case.args, **case.kwargs)
-    except ValueError as error:
-        if "backend='triton' cannot run here" not in str(error):
-            raise
-        return False
-    return True
 
 
 def cases(op, count, dtype=torch.float32, device="cpu"):
@@ -87,7 +71,7 @@ def test_operators(name, device, one_seed):
     seen = []
     for case in cases(op, 4, device=device):
         with Calls() as mode:
-            out = [o for o in floats(fused(op)(*case.args, **case.kwargs)) if o.requires_grad]
+            out = [o for o in floats(by_name(op)(*case.args, **case.kwargs)) if o.requires_grad]
             leaves = [t for t in tree_flatten((case.args, case.kwargs))[0] if isinstance(t, Tensor) and t.requires_grad]
             torch.autograd.grad(out, leaves, [o.detach().cos() for o in out], allow_unused=True)
         seen += mode.calls
@@ -112,7 +96,7 @@ def test_first_and_second_order(name, device, dtype, one_seed):
             lambda t: double([t])[0].detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, case
         )
         tolerance = 30 * torch.finfo(dtype).eps
-        for got, want in zip(orders(fused(op), case), orders(op.reference, exact), strict=True):
+        for got, want in zip(orders(by_name(op), case), orders(op.reference, exact), strict=True):
             size = float(want[want.isfinite()].abs().max()) if want.isfinite().any() else 0.0
             torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance * size, equal_nan=True)
 
@@ -138,8 +122,8 @@ def test_compiled(name, device, one_seed):
     """One graph without a break, the kernels in it, and the same values and gradients."""
     op = OPS[name]
     (case,) = cases(op, 1, device=device)
-    got = orders(torch.compile(fused(op), fullgraph=True, backend="aot_eager", dynamic=False), case, most=1)
-    for g, w in zip(got, orders(fused(op), case, most=1), strict=True):
+    got = orders(torch.compile(by_name(op), fullgraph=True, backend="aot_eager", dynamic=False), case, most=1)
+    for g, w in zip(got, orders(by_name(op), case, most=1), strict=True):
         torch.testing.assert_close(g, w)
 
 
@@ -149,7 +133,7 @@ def test_what_no_kernel_takes(name, device):
     op = OPS[name]
     case = op.draw(Draw(Random(1), dtype=torch.float64, sizes=(2, 3), device=device))
     with pytest.raises(ValueError, match=f"{name}: backend='triton' cannot run here: .*"):
-        fused(op)(*case.args, **case.kwargs)
+        by_name(op)(*case.args, **case.kwargs)
     op.call(*case.args, **case.kwargs)
     (case,) = cases(op, 1, device=device)
 
@@ -158,7 +142,7 @@ def test_what_no_kernel_takes(name, device):
 
     own = tree_map(lambda t: t.detach().as_subclass(Own) if isinstance(t, Tensor) and t.is_floating_point() else t, case)
     with pytest.raises(ValueError, match="takes plain tensors, not Own"):
-        fused(op)(*own.args, **own.kwargs)
+        by_name(op)(*own.args, **own.kwargs)
 
 
 @pytest.mark.parametrize("name", FUSED)
