@@ -155,9 +155,9 @@ def dropout_add_rms_norm(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Root-mean-square normalization of dropout(input, p) + residual, and that sum.
+    """Root-mean-square norm of dropout(input, p) + residual, and that sum; arguments and errors as `dropout_add_layer_norm`.
 
-    Arguments and errors as `dropout_add_layer_norm`; eps None is the machine epsilon, of float32 for half inputs.
+    Eps None is the machine epsilon, of float32 for half inputs.
     """
     D = check_normalized("dropout_add_rms_norm", input, normalized_shape, weight)
     check_residual("dropout_add_rms_norm", input, residual)

@@ -43,6 +43,14 @@ def test_long_rows(device, M, N, of_dy):
     run(x, normal(N, device=device, seed=4), normal(N, device=device, seed=5), 1, dy=dy)
 
 
+@pytest.mark.parametrize("count", [20, 1000])
+def test_long_rows_on_many_programs(device, monkeypatch, count):
+    """Several for one tile of columns, which add up their parts of dw and db; never more than there are tiles of rows."""
+    monkeypatch.setattr(file, "programs", lambda device, warps: count)
+    N = file.HELD + 1
+    run(normal(9, N, device=device), normal(N, device=device, seed=4), normal(N, device=device, seed=5), 1)
+
+
 def test_the_longest_row(device):
     """Forward alone: the interpreter takes its time."""
     x = normal(1, file.LONGEST, device=device)
