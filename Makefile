@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test gpu models evidence fuzz lint wheel clean
+.PHONY: demo test gpu kernels models evidence fuzz lint wheel clean
 
 demo: $(READY)  ## verify the ops used, then train digits with torch's layers and with ours
 	$(BIN)/python -m bptoolkit.recipes.demo
@@ -22,6 +22,10 @@ evidence: $(READY)  ## every planted fault and correct twin, three seeds: about 
 
 gpu:  ## on a machine with a GPU: every kernel and op, then speed and memory; results in $OUT, or benchmarks/results
 	$(PYTHON) benchmarks/gpu.py --out "$${OUT:-benchmarks/results}" --resume benchmarks/results
+
+kernels: $(READY)  ## compile every kernel that has changed, and all of its tests in the interpreter: half an hour on two cores
+	$(BIN)/python -m bptoolkit kernels --record benchmarks/results/kernels.json --markdown docs/kernels.md
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels
 
 fuzz: $(READY)  ## the property tests, long and random
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_gradients.py tests/test_composition.py

@@ -2,14 +2,18 @@
 
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import LONG
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from bptoolkit.triton_kernels import aot, interpret
 
+FOLDER = Path(__file__).parent
+WHOLE = ("test_gate.py", "test_contract.py", "test_verified.py", "test_running.py")  # a loop over the kernels each
 DEVICES = ["interpreter"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -51,3 +55,24 @@ def filled(monkeypatch):
             and hasattr(module, "specs")
         ):
             monkeypatch.setattr(module, "torch", _Torch())
+
+
+MOST = 6  # instances of one test function in the interpreter, which takes milliseconds a program; `make kernels` runs them all
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of each test function's instances in the interpreter, keep MOST that lie evenly over its list of parameters."""
+    if LONG or torch.cuda.is_available():
+        return
+    here = [item for item in items if Path(item.fspath).parent == FOLDER and Path(item.fspath).name not in WHOLE]
+    by_function = {}
+    for item in here:
+        by_function.setdefault((str(item.fspath), item.originalname), []).append(item)
+    left_out = set()
+    for instances in by_function.values():
+        n = len(instances)
+        kept = {k * (n - 1) // (MOST - 1) for k in range(MOST)} if n > MOST else set(range(n))
+        left_out |= {item for k, item in enumerate(instances) if k not in kept}
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fused import by_name, takes
-from helpers import SOME
+from helpers import LONG, SOME
 from torch.utils._pytree import tree_map
 
 from bptoolkit import OPS, verify
@@ -38,11 +38,14 @@ def taken(op):
     return case
 
 
-@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.kernel])
+FUSED = [name for name, op in OPS.items() if op.kernel]
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if LONG or name in SOME])
 def test_verified(name, device, one_seed):
     op = OPS[name]
     kernel = replace(op, call=by_name(op), case=taken(op))
     judged = [p for p in QUICK if p not in LEFT_OUT]
-    report = verify.assert_correct(kernel, quick=True, cases=2 if name in SOME else 1, properties=judged, budget=60)
+    report = verify.assert_correct(kernel, quick=True, cases=2 if LONG else 1, properties=judged, budget=30)
     assert report.calls["forward_value"] and report.calls["gradient_value"]
     assert report.calls["dtypes"] or op.random  # which is judged in one dtype
