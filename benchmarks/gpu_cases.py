@@ -137,6 +137,14 @@ def embedding(d: Draw, toy: int) -> Case:
     return Case((d.integers(0, V, N), d.tensor(V, E)), {})
 
 
+def linear_recurrence(T: int, B: int, N: int) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        shape = toyed(T, toy * toy), toyed(B, toy) if B > 1 else 1, toyed(N, toy)
+        return Case((d.tensor(*shape, scale=0.25), d.tensor(*shape)), {})
+
+    return make
+
+
 WIDTHS = (1024, 4096, 16384, 65536)
 CASES: Mapping[str, Mapping[str, Make]] = {
     "layer_norm": each(norm, *WIDTHS, bias=True),
@@ -176,5 +184,9 @@ CASES: Mapping[str, Mapping[str, Make]] = {
     "conv2d_activation": {"3 × 3": convolution_activation},
     "max_pool2d": {"112 × 112": max_pool2d},
     "embedding": {"131072 rows": embedding},
+    "linear_recurrence": {
+        "4096 steps": linear_recurrence(4096, 8, 2048),
+        "65536 steps of 64 elements": linear_recurrence(65536, 1, 64),
+    },
 }
 """Ops that share a kernel with one that is here (softmin, dropout2d ...) need no row of their own."""

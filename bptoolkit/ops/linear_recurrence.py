@@ -163,7 +163,7 @@ def backward(dh, a, h0, lengths, reverse, h, need):
     if need.a:
         da = within(times_before(h0, h, g, lengths, reverse), lengths).to(a.dtype)
     if need.h0:
-        dh0 = (_first(A, reverse, h0) * _first(g, reverse, torch.ones_like(h0))).to(h0.dtype)
+        dh0 = (_first(A, reverse, h0) * _first(g, reverse, torch.zeros_like(h0))).to(h0.dtype)
     if need.b:
         db = within(g, lengths).to(dh.dtype)
     return da, db, dh0, None
@@ -186,6 +186,12 @@ def _standing(a: Tensor, lengths: Tensor | None) -> Tensor:
     return a if lengths is None else torch.where(valid(a.shape[-3], lengths), a, 1)
 
 
+def kernel():
+    from bptoolkit.triton_kernels.linear_recurrence import KERNEL
+
+    return KERNEL
+
+
 RULE = Rule(
     "linear_recurrence",
     forward,
@@ -193,6 +199,7 @@ RULE = Rule(
     inputs="a b h0 lengths",
     outputs="h",
     uses={"a": "a h0 lengths h", "b": "a lengths", "h0": "a h0 lengths"},
+    kernel=kernel,
 )
 
 # --- the public function --------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def backward_gates(dh, dpre, x, h0, w, lengths, reverse, kind, activation, h, pr
     else:
         g = scan(keep, wide(within(dh, lengths)), None, not reverse, True)
         if need.h0:
-            dh0 = (_first(keep, reverse, h0) * _first(g, reverse, h0)).to(h0.dtype)
+            dh0 = (_first(keep, reverse, h0) * _first(g, reverse, torch.zeros_like(h0))).to(h0.dtype)
         gz = within(g, lengths) * z
         du = (gz * _activation(m, activation) - z * within(times_before(h0, h, g, lengths, reverse), lengths)) * (1 - z)
         blocks = [du] if kind == "min_gru" else [-du * (-P.chunk(3, -1)[0]).sigmoid(), du * (-P.chunk(3, -1)[1]).sigmoid()]

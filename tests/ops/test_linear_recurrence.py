@@ -42,6 +42,14 @@ def test_blocks_and_steps(T, N, reverse):
     close(with_gradients(F, *args, reverse=reverse), with_gradients(reference, *args, reverse=reverse))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_no_steps_send_nothing_back(reverse):
+    """The gradient of h0 is zero, not h0."""
+    h0 = draw(2, 3).requires_grad_()
+    h = F(draw(0, 2, 3), draw(0, 2, 3), h0, reverse=reverse)
+    assert torch.equal(torch.autograd.grad(h.sum(), h0)[0], torch.zeros(2, 3, dtype=DOUBLE))
+
+
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("T", "N"), [(1, 2), (5, 2), (50, 2), (50, 600), (1030, 520)])
