@@ -1,8 +1,8 @@
 """The gated linear recurrence, both directions. For the maths see the op of this name.
 
-A tensor is T M N: steps, rows (of ragged calls, or of a layout in which they stand apart), and the elements of a row; nothing flows
-along M and N. A program has a tile of them, walks over the steps, and holds h in float32 registers. The loads of U steps are
-under way at a time. The i-th step of a walk is t = i, or DOWN t = T − 1 − i; past the length of a row a is 1 and b is 0.
+A tensor is T M N: steps, rows (of ragged calls, or of a layout in which they stand apart), and the elements of a row; nothing
+flows along M and N. A program has a tile of them, walks over the steps, and holds h in float32 registers. The loads of U steps
+are under way at a time. The i-th step of a walk is t = i, or DOWN t = T − 1 − i; past the length of a row a is 1 and b is 0.
 
 forward     hₜ = aₜ hₜ₋₁ + bₜ
 backward    the other way, with c = aₜ₊₁ gₜ₊₁ in registers:    gₜ = dhₜ + c    daₜ = hₜ₋₁ gₜ    dbₜ = gₜ    c ← aₜ gₜ
@@ -30,7 +30,7 @@ from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, d
 from bptoolkit.triton_kernels.operator import operator
 
 WIDE, NARROW = 16, 4  # bytes that a thread reads at once, where a step has many elements and where it has few
-STEPS = {WIDE: 4, NARROW: 16}  # of which the loads are under way at a time: 64 bytes of a tensor; twice as many would spill
+STEPS = {WIDE: 4, NARROW: 16}  # of which a warp of 32 has the loads under way at a time; twice as many would spill
 LONG, CHUNKS = 1024, 3  # from so many steps on, chunks, if there would be so many
 
 # --- what the kernels share -----------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def tile(M: int, N: int, width: int, size: int, warp: int) -> dict[str, int]:
     """U, BM and BN: one warp, each thread of which reads `width` bytes at a time of elements of `size` bytes."""
     elements = width // size * warp
     BN = elements if M == 1 else min(triton.next_power_of_2(N), elements)
-    return {"U": STEPS[width], "BM": elements // BN, "BN": BN}
+    return {"U": max(STEPS[width] * 32 // warp, 1), "BM": elements // BN, "BN": BN}
 
 
 def plan(T: int, M: int, N: int, size: int, device: torch.device) -> Plan:
@@ -363,7 +363,7 @@ KERNEL = Kernel(forward, backward, unsupported)
 def specs(warp: int) -> list[Spec]:
     """The kernels at the shipped configurations: many elements a step and few, one row of them and ragged rows."""
     every = []
-    few = "few elements a step: with 4 bytes a thread there are more threads, and the loads of 16 steps are under way"
+    few = "few elements a step: with 4 bytes a thread there are more threads, and the loads of more steps are under way"
     for t, size in (("bf16", 2), ("fp32", 4)):
         for width, ragged in ((WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)):
             sizes = tile(32 if ragged else 1, 4096, width, size, warp)
