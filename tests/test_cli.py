@@ -56,6 +56,8 @@ def test_bench_writes_its_results(tmp_path, capsys):
     assert row["both"] > 0 and row["saved"] > 0 and record["where"]["torch"]
     assert "fwd+bwd ×" in (tmp_path / "r.md").read_text()
     assert "device: CPU" in capsys.readouterr().out
+    assert main(["bench", "tanh", "--seconds", "0.05", "--out", str(tmp_path), "--name", "r"]) == 0
+    assert [row["op"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]] == ["relu", "tanh"]
 
 
 def test_bench_refuses_a_red_op(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing per row (default 4)")
-    parser.add_argument("--out", type=Path, help="a folder to write NAME.json and NAME.md to")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="a folder to write NAME.json and NAME.md to; rows of other ops that NAME.json has, of this machine, stay",
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between its two marks in FILE as well")
     parser.add_argument("--name", default="bench", help="of the files (default: bench)")
     args = parser.parse_args(argv)
@@ -49,6 +54,8 @@ def main(argv: list[str]) -> int:
         for row in found:
             rows.append(row)
             print(f"{row.op} {row.label}: forward+backward {row.both / row.both_torch:.2f} × torch", flush=True)
+    if args.out and (args.out / f"{args.name}.json").exists():
+        rows = merged(rows, json.loads((args.out / f"{args.name}.json").read_text()), facts)
     lines = markdown(HEADER, [row.cells() for row in rows])
     tiny = overhead()
     note = "tiny linear, forward + backward, 1 thread: " + ", ".join(f"{k} {v:.1f} µs" for k, v in tiny.items())
@@ -64,6 +71,15 @@ def main(argv: list[str]) -> int:
         fresh, _ = between(args.markdown, BEGIN, END, f"{facts_line}\n\n{lines}\n\n{note}")
         args.markdown.write_text(fresh)
     return int(bool(red))
+
+
+def merged(rows: list[Row], record: dict[str, Any], facts: dict[str, str]) -> list[Row]:
+    """The rows, and those of a record for other ops if it was made in the same place, in the order of the ops."""
+    if record["where"] != facts:
+        return rows
+    measured = {row.op for row in rows}
+    every = rows + [Row(**row) for row in record["rows"] if row["op"] not in measured and row["op"] in OPS]
+    return sorted(every, key=lambda row: list(OPS).index(row.op))
 
 
 def where(device: str, dtype: str, threads: int) -> dict[str, str]:
