@@ -30,7 +30,8 @@ from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, d
 from bptoolkit.triton_kernels.operator import operator
 
 WIDE, NARROW = 16, 4  # bytes that a thread reads at once, where a step has many elements and where it has few
-STEPS = {WIDE: 4, NARROW: 16}  # of which a warp of 32 has the loads under way at a time; twice as many would spill
+STEPS = {WIDE: 4, NARROW: 16}  # of which the loads are under way at a time; twice as many would spill
+STEPS_64 = 4  # the most with warps of 64, whose scalar registers hold the masks and addresses of each step
 LONG, CHUNKS = 1024, 3  # from so many steps on, chunks, if there would be so many
 
 # --- what the kernels share -----------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def tile(M: int, N: int, width: int, size: int, warp: int) -> dict[str, int]:
     """U, BM and BN: one warp, each thread of which reads `width` bytes at a time of elements of `size` bytes."""
     elements = width // size * warp
     BN = elements if M == 1 else min(triton.next_power_of_2(N), elements)
-    return {"U": max(STEPS[width] * 32 // warp, 1), "BM": elements // BN, "BN": BN}
+    return {"U": min(STEPS[width], STEPS_64) if warp == 64 else STEPS[width], "BM": elements // BN, "BN": BN}
 
 
 def plan(T: int, M: int, N: int, size: int, device: torch.device) -> Plan:
