@@ -30,7 +30,7 @@ from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, d
 from bptoolkit.triton_kernels.operator import operator
 
 WIDE, NARROW = 16, 4  # bytes that a thread reads at once, where a step has many elements and where it has few
-STEPS = {WIDE: 4, NARROW: 16}  # of which the loads are under way at a time; twice as many would spill
+STEPS = {WIDE: 4, NARROW: 12}  # of which the loads are under way at a time; with many more, registers spill
 STEPS_64 = 4  # the most with warps of 64, whose scalar registers hold the masks and addresses of each step
 LONG, CHUNKS = 1024, 3  # from so many steps on, chunks, if there would be so many
 
@@ -362,7 +362,7 @@ KERNEL = Kernel(forward, backward, unsupported)
 
 
 def specs(warp: int) -> list[Spec]:
-    """The kernels at the shipped configurations: many elements a step and few, one row of them and ragged rows."""
+    """The kernels at the shipped configurations: many elements a step and few; one row of them, and ragged rows in reverse."""
     every = []
     few = "few elements a step: with 4 bytes a thread there are more threads, and the loads of more steps are under way"
     for t, size in (("bf16", 2), ("fp32", 4)):
@@ -380,7 +380,7 @@ def specs(warp: int) -> list[Spec]:
                 pointers |= {s: "*fp32" for s in ("p", "x", "starts") if s in names}
                 pointers |= {"lengths": "*i64"} if ragged else {}
                 strides = [f"{tensor[0]}{dim}" for tensor in read for dim in ("t", "m")]
-                constants = {f"{tensor[0]}n": 1 for tensor in read} | sizes | {"DOWN": kernel is backward_kernel}
+                constants = {f"{tensor[0]}n": 1 for tensor in read} | sizes | {"DOWN": (kernel is backward_kernel) != ragged}
                 constants |= {} if ragged else {"lengths": None}
                 constants |= {"BACK": False} if "BACK" in names else {}
                 types = pointers | dict.fromkeys(strides, "i32") | {s: "i32" for s in ("T", "M", "N", "C", "K") if s in names}
