@@ -128,7 +128,8 @@ def _lay_out(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, gqa: bool) -> tu
             B = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
         except RuntimeError:
             raise ValueError(f"{name}: the batch dimensions cannot be broadcast: {shapes}") from None
-        q, k, v = (t.expand(*B, *t.shape[-2:]) for t in (q, k, v))
+        shared = (*B[:-1], 1) if groups else B
+        q, k, v = (t.expand(*b, *t.shape[-2:]) for t, b in ((q, B), (k, shared), (v, shared)))
     if m is not None:
         want = (*(q.flatten(-4, -3) if groups else q).shape[:-1], k.shape[-2])
         if m.dim() > len(want) or any(s != 1 and s != w for s, w in zip(reversed(m.shape), reversed(want))):

@@ -17,6 +17,7 @@ Twice     at cotangents a, b, c, e, f of dQ, dK, dV, dM, dh, without a cap:
 Letters   *B batch and heads; L queries, rows i; S keys, columns j; E, Ev features; M the additive mask (−inf where a boolean
           mask, a causal one, a window or a length hides); c the cap of the scores, without one S = R + ...; h the slopes of
           ALiBi; s is 0, or S − L where the last query stands at the last key; Z the dropout factor, 0 or 1/(1 − p);
+          k and v have one head where a group of q's, its last batch dimension, shares it;
           ∘ elementwise; kept are o, a row's largest score (top) and l = Σⱼ exp(Sᵢⱼ − topᵢ)
 Numerics  scores, O's sums and lse in float32 for half inputs; a row that sees nothing gives 0 and gradients 0, its lse is −inf
 Source    Vaswani et al. 2017, eq. 1; the backward by tiles: Dao et al. 2022 (FlashAttention), algorithm 4; windows: Beltagy et
@@ -30,7 +31,10 @@ reverse over forward mode are autograd's of it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from bptoolkit.function import Rule, _transforms_active
 from bptoolkit.opaque import Opaque, _legacy_batched
@@ -115,7 +119,7 @@ BACKWARD = Opaque(
 
 
 def forward(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
-    return ATTEND(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p)
+    return ATTEND(q, shared(k, q), shared(v, q), m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p)
 
 
 def backward(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
@@ -125,17 +129,30 @@ def backward(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l,
             return (None,) * 9
         do = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     # o, top and l tell the tiles what they need not recompute; how they depend on the inputs is inside the formulas
-    o = None if o is None else o.detach()
-    grads = BACKWARD(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, asked)
-    return *(g if n else None for g, n in zip(grads, need)), None, None, None, None
+    o, K, V = None if o is None else o.detach(), shared(k, q), shared(v, q)
+    grads = BACKWARD(do, dlse, q, K, V, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, asked)
+    dq, dk, dv, dm, dslopes = (g if n else None for g, n in zip(grads, need))
+    if K is not k:
+        dk, dv = (None if g is None else g.sum(-3, keepdim=True) for g in (dk, dv))
+    return dq, dk, dv, dm, dslopes, None, None, None, None
 
 
-RULE = Rule(
-    "attention",
-    forward,
-    backward,
-    inputs="q k v m slopes lengths seed cu_q cu_k",
-    outputs="o lse top l",
-    constants="top l",
-    uses={"v": "q k m slopes lengths seed cu_q cu_k top l"},
-)
+def shared(t: Any, q: Tensor) -> Any:
+    """k or v, of which a group of heads may share one, with the batch dimensions of q."""
+    return t if t is None or t.shape[:-2] == q.shape[:-2] else t.expand(*q.shape[:-2], *t.shape[-2:])
+
+
+def _kernel():
+    from bptoolkit.triton_kernels.attention import KERNEL
+
+    return KERNEL
+
+
+STATED: dict[str, Any] = {
+    "inputs": "q k v m slopes lengths seed cu_q cu_k",
+    "outputs": "o lse top l",
+    "constants": "top l",
+    "uses": {"v": "q k m slopes lengths seed cu_q cu_k top l"},
+}
+RULE = Rule("attention", forward, backward, **STATED, kernel=_kernel)
+PACKED_RULE = Rule("packed_attention", forward, backward, **STATED)

@@ -18,7 +18,7 @@ from torch import Tensor
 from bptoolkit.cases import Case, Draw
 from bptoolkit.op import LOW, Op
 from bptoolkit.ops import attention_options as options
-from bptoolkit.ops.attention_rule import RULE
+from bptoolkit.ops.attention_rule import PACKED_RULE as RULE
 
 NAME = "varlen_attention"
 

@@ -1,0 +1,301 @@
+"""Attention by tiles in registers, forward and backward. For the maths see `bptoolkit.ops.attention_rule`.
+
+forward    a program has rows I of Q and passes over K and V: the running maximum T and sum l, O rescaled as T grows
+backward   rows: D = rowsum(dO∘O) − dlse and dQ of rows I, by passes over K and V; then columns: dK and dV of columns J, by passes
+           over the rows of all heads that share them; and dM, where it is wanted, tile by tile, over all samples that share it.
+           P is made again from S, T and l. 7 products of matrices instead of 5, and no atomics: the same bits every time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from bptoolkit.ops.attention_rule import RULE
+from bptoolkit.triton_kernels.aot import Spec
+from bptoolkit.triton_kernels.attention_loops import columns_kernel, forward_kernel, rows_kernel
+from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32
+from bptoolkit.triton_kernels.operator import operator
+
+WIDEST = 128  # features of a head
+FARTHEST = 1 << 22  # elements from one row to the next: inside a tile offsets are of 32 bits
+
+
+class Tile(NamedTuple):
+    """A launch: rows and columns of a tile, warps, loads under way."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+
+def tile(kernel: str, E: int, bytes: int, warp: int) -> Tile:
+    """The tile of "forward", "rows" or "columns", for E padded features of elements of so many bytes."""
+    if bytes == 4:
+        return Tile(32, 32, 4, 1)
+    if kernel == "forward":
+        return Tile(128, 64, 8 if E > 64 else 4, 2)
+    return Tile(64, 64, 8 if E > 64 else 4, 2)
+
+
+class Batch(NamedTuple):
+    """The sizes of a call: samples (b, h, g), rows and columns, features."""
+
+    B: int
+    H: int
+    G: int  # heads that share one of k and v
+    L: int
+    S: int
+    E: int
+    EV: int
+
+
+def batch_of(q: Tensor, k: Tensor, EV: int) -> Batch:
+    lead = tuple(q.shape[:-2])
+    if q.shape[:-2] == k.shape[:-2]:
+        lead = (*lead, 1)
+    G, H = lead[-1], lead[-2] if len(lead) > 1 else 1
+    return Batch(prod(lead[:-2]), H, G, q.shape[-2], k.shape[-2], q.shape[-1], EV)
+
+
+def samples(t: Tensor, n: Batch, G: int) -> Tensor:
+    """(*B, R, E) as (B, H, G, R, E), its rows dense and near each other."""
+    t = t.reshape(n.B, n.H, G, *t.shape[-2:])
+    return t if t.stride(-1) == 1 and t.stride(-2) <= FARTHEST else t.contiguous()
+
+
+def mask_of(m: Tensor | None, q: Tensor, n: Batch) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The mask, booleans as bytes, and its five steps, 0 where it is broadcast."""
+    if m is None:
+        return None, (0,) * 5
+    if max(m.stride()[-2:], default=0) > FARTHEST:
+        m = m.contiguous()
+    m = m.view(torch.uint8) if m.dtype == torch.bool else m
+    m = m.expand(*q.shape[:-2], n.L, n.S).reshape(n.B, n.H, n.G, n.L, n.S)
+    return m, m.stride()
+
+
+def of_samples(t: Tensor | None, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A number per sample."""
+    return None if t is None else t.to(dtype).expand(q.shape[:-2]).contiguous()
+
+
+def shared_arguments(q: Tensor, n: Batch, window: Sequence[int], scale: float | None, cap: float) -> tuple[Any, ...]:
+    """What the kernels take between the steps and the tile."""
+    left, right, end = window
+    bounds = (None if left < 0 else left, None if right < 0 else right, n.S - n.L if end else 0)
+    scale = max(n.E, 1) ** -0.5 if scale is None else scale
+    return n.H, n.G, n.L, n.S, *bounds, float(scale), cap or None
+
+
+def constants(q: Tensor, n: Batch, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
+    """What the kernels take from the features on, how they are launched, and the tile."""
+    BE, BV = (max(triton.next_power_of_2(x), 16) for x in (n.E, n.EV))
+    t = tile(kernel, max(BE, BV), q.element_size(), WARP)
+    precision = "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16  # whose products the interpreter gets wrong
+    options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
+    return (n.E, n.EV, BE, BV, t.BM, t.BN, precision, upcast), options, t
+
+
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    m: Tensor | None,
+    slopes: Tensor | None,
+    lengths: Tensor | None,
+    window: Sequence[int],
+    scale: float | None,
+    cap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = _fake_forward(q, k, v, m, slopes, lengths, window, scale, cap)
+    n = batch_of(q, k, v.shape[-1])
+    if not out[1].numel():
+        return out
+    Q, K, V = samples(q, n, n.G), samples(k, n, 1), samples(v, n, 1)
+    mask, of_mask = mask_of(m, q, n)
+    terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
+    steps = (*Q.stride()[:4], *near(K), *near(V), *of_mask)
+    fixed, options, t = constants(q, n, "forward")
+    grid = (triton.cdiv(n.L, t.BM) * n.B * n.H * n.G,)
+    forward_kernel[grid](Q, K, V, *terms, *out, *steps, *shared_arguments(q, n, window, scale, cap), *fixed, **options)
+    return out
+
+
+def near(t: Tensor) -> tuple[int, int, int]:
+    """The steps of k or v over b, h and rows."""
+    b, h, _, r, _ = t.stride()
+    return b, h, r
+
+
+def _fake_forward(q, k, v, m, slopes, lengths, window, scale, cap):
+    o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    return (o, *(torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) for _ in range(3)))
+
+
+def _launch_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    m: Tensor | None,
+    slopes: Tensor | None,
+    lengths: Tensor | None,
+    o: Tensor | None,
+    top: Tensor,
+    l: Tensor,
+    window: Sequence[int],
+    scale: float | None,
+    cap: float,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dQ, dK, dV and dh of each sample; empty those that are not needed."""
+    out = _fake_backward(do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need)
+    n = batch_of(q, k, do.shape[-1])
+    if not n.B * n.H * n.G:
+        return out
+    dq, dk, dv, dslopes = (t if wanted else None for t, wanted in zip(out, need))
+    dO, Q, K = samples(do, n, n.G), samples(q, n, n.G), samples(k, n, 1)
+    mask, of_mask = mask_of(m, q, n)
+    terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
+    shared = shared_arguments(q, n, window, scale, cap)
+    steps = (*dO.stride()[:4], *Q.stride()[:4], *near(K))
+    top, l, D, V, of_v = top.contiguous(), l.contiguous(), None, None, (0, 0, 0)
+    if v is not None and o is not None:
+        V, O = samples(v, n, 1), samples(o, n, n.G)
+        of_v = near(V)
+        fixed, options, t = constants(q, n, "rows")
+        blocks, N = triton.cdiv(n.L, t.BM), n.B * n.H * n.G
+        D = torch.empty(top.shape, dtype=torch.float32, device=q.device)
+        parts = None if dslopes is None else torch.empty(N, blocks, dtype=torch.float32, device=q.device)
+        given = (dO, None if dlse is None else dlse.contiguous(), Q, K, V, *terms, O, top, l, D, dq, parts)
+        if blocks:
+            rows_kernel[(blocks * N,)](*given, *steps, *of_v, *of_mask, *O.stride()[:4], *shared, *fixed, **options)
+        if dslopes is not None:
+            torch.sum(parts, 1, out=dslopes.view(-1))
+    if n.S and not (dk is None and dv is None):
+        fixed, options, t = constants(q, n, "columns")
+        grid = (triton.cdiv(n.S, t.BN) * n.B * n.H,)
+        given = (dO, Q, K, V, *terms, top, l, D, dk, dv)
+        columns_kernel[grid](*given, *steps, *of_v, *of_mask, *shared, *fixed, **options)
+    return out
+
+
+def _fake_backward(do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need):
+    shapes = (q.shape, k.shape, (*k.shape[:-1], do.shape[-1]), q.shape[:-2])
+    dtypes = (q.dtype, q.dtype, q.dtype, torch.float32)
+    return tuple(
+        torch.empty(shape if wanted else (0,), dtype=dtype, device=q.device)
+        for shape, dtype, wanted in zip(shapes, dtypes, need)
+    )
+
+
+def _forward_flops(q, k, v, m, slopes, lengths, window, scale, cap, *, out_shape=None):
+    return 2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def _backward_flops(do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need, *, out_shape=None):
+    return 2 * prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * do[-1])
+
+
+FORWARD = operator("triton_attention", _launch_forward, _fake_forward, flops=_forward_flops)
+BACKWARD = operator("triton_attention_backward", _launch_backward, _fake_backward, flops=_backward_flops)
+
+
+def forward(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
+    return FORWARD(q, k, v, m, slopes, lengths, list(window), scale, cap)
+
+
+def backward(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
+    if need.m or (do is None and v is None):
+        return RULE.backward(
+            do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need
+        )
+    if do is None:
+        do = torch.zeros((), dtype=q.dtype, device=q.device).expand(*q.shape[:-1], v.shape[-1])
+    wanted = [need.q, need.k, need.v, need.slopes]
+    dq, dk, dv, dh = BACKWARD(do, dlse, q, k, v, m, slopes, lengths, o, top, l, list(window), scale, cap, wanted)
+    dh = dh.sum_to_size(slopes.shape).to(slopes.dtype) if need.slopes else None
+    none = (None,) * 4
+    return dq if need.q else None, dk if need.k else None, dv if need.v else None, None, dh, *none
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    m: Tensor | None,
+    slopes: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    window: Sequence[int],
+    scale: float | None,
+    cap: float,
+    p: float,
+) -> str | None:
+    """Why the kernel cannot take the call, or None."""
+    if cu_q is not None:
+        return "the fused kernel takes no packed sequences"
+    if p:
+        return "the fused kernel has no dropout"
+    E = max(q.shape[-1], v.shape[-1])
+    if E > WIDEST:
+        return f"a head of {E} features is too wide for the fused kernel: at most {WIDEST}"
+    if m is not None and q.dim() > (4 if q.shape[:-2] == k.shape[:-2] else 5):
+        return "the fused kernel takes no mask over more than two batch dimensions"
+    return computed_in_float32(q)
+
+
+KERNEL = Kernel(forward, backward, unsupported)
+
+
+_POINTERS = {
+    "forward": ("q k v", "o", "lse top l"),
+    "rows": ("do q k v o", "dq", "top l D"),
+    "columns": ("do q k v", "dk dv", "top l D"),
+}
+_KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_kernel}
+_OPTIONS = ("m", "slopes", "lengths", "dlse", "dslopes")
+
+
+def specs(warp: int) -> list[Spec]:
+    """The kernels at the shipped configurations: full, causal, with a bias, with all the options."""
+    every = []
+    for t, E, (kind, kernel) in product(("bf16", "fp32"), (64, 128), _KERNELS.items()):
+        for label in ("full", "causal", "bias", "everything"):
+            if (t, E) == ("fp32", 64) and label != "causal":
+                continue
+            tensors, written, numbers = (names.split() for names in _POINTERS[kind])
+            types = {name: f"*{t}" for name in (*tensors, *written)} | {name: "*fp32" for name in numbers}
+            values: dict[str, Any] = dict.fromkeys((*_OPTIONS, "left", "right", "cap"))
+            types |= dict.fromkeys(("H", "G", "L", "S", "shift"), "i32") | {"scale": "fp32"}
+            if label in ("causal", "everything"):
+                types["right"] = "i32"
+            if label in ("bias", "everything"):
+                types["m"] = f"*{t}"
+            if label == "everything":
+                types |= {"slopes": "*fp32", "lengths": "*i32", "left": "i32", "cap": "fp32"}
+                types |= {"dlse": "*fp32", "dslopes": "*fp32"} if kind == "rows" else {}
+            BM, BN, warps, stages = tile(kind, E, 4 if t == "fp32" else 2, warp)
+            values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "PRECISION": "ieee", "UPCAST": False, "ms": 1}
+            steps = [name for name in kernel.arg_names if name not in types and name not in values]
+            types |= dict.fromkeys(steps, "i32")
+            aligned = (*steps, *(name for name, of in types.items() if of[0] == "*"))
+            types = {name: types[name] for name in kernel.arg_names if name in types}
+            aligned = tuple(name for name in aligned if name in types)
+            values = {name: value for name, value in values.items() if name in kernel.arg_names and name not in types}
+            # of float32 in full the products are of plain multiplications and additions on NVIDIA's parts
+            dot = t != "fp32"
+            every.append(Spec(f"attention {kind} {t} {E} {label}", kernel, types, values, aligned, warps, stages, dot))
+    return every

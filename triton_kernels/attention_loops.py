@@ -1,0 +1,318 @@
+"""The kernels of attention. For the maths see `bptoolkit.ops.attention_rule`, for the launches `attention`.
+
+A program has a tile of rows I, or of columns J, of one sample and passes over what that sees: tiles that an edge cuts (of the
+window, the lengths, the matrix) with a mask of places, those between without. S is in base 2, S log₂e, so that its exponential
+is one instruction; with an additive mask, whose lowest numbers would overflow there, it is as it is.
+
+Letters as in the rule; a sample of the batch is (b, h, g): k and v have no g where a group of heads shares them. x is Q Kᵀ. An
+option that is not given is None.
+"""
+
+import triton
+import triton.language as tl
+
+from bptoolkit.triton_kernels.functions import tanh
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # a finite top: exp(−inf − top) is 0
+
+
+@triton.jit
+def wide(n):
+    """A number of a tile or row, of 64 bits, to be multiplied by a step."""
+    return tl.full((), 0, tl.int64) + n
+
+
+@triton.jit
+def rows(p, step, count, E: tl.constexpr, R: tl.constexpr, BE: tl.constexpr, UPCAST: tl.constexpr, EDGE: tl.constexpr = True):
+    """R rows of E elements, zeros below and beside those that there are; not at an edge, all R are there."""
+    r, e = tl.arange(0, R), tl.arange(0, BE)
+    at = p + (r[:, None] * step + e[None, :])
+    if EDGE:
+        mask = (r < count)[:, None]
+        if E < BE:
+            mask = mask & (e < E)[None, :]
+        x = tl.load(at, mask, other=0.0)  # R BE
+    elif E < BE:
+        x = tl.load(at, (e < E)[None, :], other=0.0)
+    else:
+        x = tl.load(at)
+    return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def put(p, x, count, E: tl.constexpr, R: tl.constexpr, BE: tl.constexpr):
+    """Write R dense rows of E elements, those that there are."""
+    r, e = tl.arange(0, R), tl.arange(0, BE)
+    mask = (r < count)[:, None]
+    if E < BE:
+        mask = mask & (e < E)[None, :]
+    tl.store(p + (r[:, None] * E + e[None, :]), x.to(p.dtype.element_ty), mask)
+
+
+@triton.jit
+def additive(m):
+    """Whether there is a mask that is added."""
+    if m is None:
+        return False
+    else:
+        return m.dtype.element_ty != tl.uint8
+
+
+@triton.jit
+def exponential(s, NATURAL: tl.constexpr):
+    return tl.exp(s) if NATURAL else tl.exp2(s)
+
+
+@triton.jit
+def seen_by(first, B: tl.constexpr, C: tl.constexpr, length, before, after, shift):
+    """The columns that rows first ... first + B see, by tiles of C: begin, the full ones' begin and end, end."""
+    begin, full, full_end, end = 0, 0, length, length
+    if before is not None:
+        begin = tl.maximum(first + shift - before, 0) // C * C
+        full = tl.cdiv(tl.maximum(first + B - 1 + shift - before, 0), C) * C
+    if after is not None:
+        end = tl.minimum(length, first + B + shift + after)
+        full_end = first + shift + after + 1
+    full = tl.maximum(tl.minimum(full, end), begin)
+    full_end = tl.maximum(tl.minimum(full_end, length), 0) // C * C
+    return begin, full, tl.maximum(full_end, full), end
+
+
+@triton.jit
+def scores(
+    x, i, j, i0, j0, m, ml, ms, L, S, slope, left, right, shift, length, scale, cap, NATURAL: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """S of a tile, −inf where it is hidden; and tanh(x σ/c). i and j: from i0 and j0, one of them as a column."""
+    unit = 1.0 if NATURAL else LOG2E
+    if cap is None:
+        t, s = x, x * (scale * unit)
+    else:
+        t = tanh(x * (scale / cap))
+        s = t * (cap * unit)
+    if slope is not None:
+        s -= (slope * unit) * tl.abs(i - j + (i0 + shift - j0)).to(tl.float32)
+    if m is not None:
+        at = m + (wide(i0) * ml + wide(j0) * ms)
+        if EDGE:
+            y = tl.load(at + (i * ml + j * ms), (i < L - i0) & (j < S - j0), other=0)
+        else:
+            y = tl.load(at + (tl.minimum(i, L - i0 - 1) * ml + j * ms))
+        s = s + y.to(tl.float32) if NATURAL else tl.where(y != 0, s, float("-inf"))
+    if EDGE:
+        seen = j < length - j0
+        if left is not None:
+            seen = seen & (j - i >= i0 + shift - left - j0)
+        if right is not None:
+            seen = seen & (j - i <= i0 + shift + right - j0)
+        s = tl.where(seen, s, float("-inf"))
+    return s, t
+
+
+@triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
+def forward_kernel(
+    q, k, v, m, slopes, lengths, o, lse, top, l, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
+    H, G, L, S, left, right, shift, scale, cap,
+    E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """O, lse, top and l of rows I."""
+    NATURAL: tl.constexpr = additive(m)
+    blocks = tl.cdiv(L, BM)
+    pid = tl.program_id(0)
+    i0 = (blocks - 1 - pid % blocks) * BM  # those that see most first
+    n = (pid // blocks).to(tl.int64)
+    b, h, g = n // (H * G), n // G % H, n % G
+    q += b * qb + h * qh + g * qg + wide(i0) * ql
+    k += b * kb + h * kh
+    v += b * vb + h * vh
+    if m is not None:
+        m += b * mb + h * mh + g * mg
+    slope, length = None, S
+    if slopes is not None:
+        slope = tl.load(slopes + n)
+    if lengths is not None:
+        length = tl.maximum(tl.minimum(tl.load(lengths + n), S), 0)
+    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    Q = rows(q, ql, L - i0, E, BM, BE, UPCAST)  # BM BE
+    O = tl.zeros((BM, BV), tl.float32)
+    T = tl.full((BM,), LOWEST, tl.float32)
+    Z = tl.zeros((BM,), tl.float32)
+    begin, full, full_end, end = seen_by(i0, BM, BN, length, left, right, shift)
+    for part in tl.static_range(3):
+        if part == 0:
+            j1, j2 = begin, full
+        elif part == 1:
+            j1, j2 = full, full_end
+        else:
+            j1, j2 = full_end, end
+        if part > 0 or left is not None:
+            for j0 in range(j1, j2, BN):
+                K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, part != 1)  # BN BE
+                x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
+                s, _ = scores(
+                    x, i, j, i0, j0, m, ml, ms, L, S, slope, left, right, shift, length, scale, cap, NATURAL, part != 1
+                )  # fmt: skip
+                T1 = tl.maximum(T, tl.max(s, 1))
+                p = exponential(s - T1[:, None], NATURAL)
+                shrink = exponential(T - T1, NATURAL)
+                Z = Z * shrink + tl.sum(p, 1)
+                V = rows(v + wide(j0) * vs, vs, S - j0, EV, BN, BV, UPCAST, part != 1)  # BN BV
+                O = tl.dot(p.to(V.dtype), V, O * shrink[:, None], input_precision=PRECISION)
+                T = T1
+    nothing = Z == 0
+    Z = tl.where(nothing, 1.0, Z)
+    T = tl.where(nothing, 0.0, tl.where(Z != Z, Z, T if NATURAL else T * LN2))
+    at, here = n * L + i0 + tl.arange(0, BM), tl.arange(0, BM) < L - i0
+    tl.store(lse + at, tl.where(nothing, float("-inf"), T + tl.log(Z)), here)
+    tl.store(top + at, T, here)
+    tl.store(l + at, Z, here)
+    put(o + (n * L + i0) * EV, O / Z[:, None], L - i0, EV, BM, BV)
+
+
+@triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
+def rows_kernel(
+    do, dlse, q, k, v, m, slopes, lengths, o, top, l, D, dq, dslopes,
+    ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, yb, yh, yg, yl,
+    H, G, L, S, left, right, shift, scale, cap,
+    E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """D of rows I, their dQ, and what they give to the gradient of their slope. ob ... are do's steps, yb ... those of o."""
+    NATURAL: tl.constexpr = additive(m)
+    blocks = tl.cdiv(L, BM)
+    pid = tl.program_id(0)
+    i0 = (blocks - 1 - pid % blocks) * BM
+    n = (pid // blocks).to(tl.int64)
+    b, h, g = n // (H * G), n // G % H, n % G
+    do += b * ob + h * oh + g * og + wide(i0) * ol
+    o += b * yb + h * yh + g * yg + wide(i0) * yl
+    dO = rows(do, ol, L - i0, EV, BM, BV, UPCAST)  # BM BV
+    at, here = n * L + i0 + tl.arange(0, BM), tl.arange(0, BM) < L - i0
+    d = tl.sum(dO.to(tl.float32) * rows(o, yl, L - i0, EV, BM, BV, False).to(tl.float32), 1)  # BM
+    if dlse is not None:
+        d -= tl.load(dlse + at, here, other=0.0).to(tl.float32)
+    tl.store(D + at, d, here)
+    if dq is not None or dslopes is not None:
+        q += b * qb + h * qh + g * qg + wide(i0) * ql
+        k += b * kb + h * kh
+        v += b * vb + h * vh
+        if m is not None:
+            m += b * mb + h * mh + g * mg
+        slope, length = None, S
+        if slopes is not None:
+            slope = tl.load(slopes + n)
+        if lengths is not None:
+            length = tl.maximum(tl.minimum(tl.load(lengths + n), S), 0)
+        i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+        Q = rows(q, ql, L - i0, E, BM, BE, UPCAST)  # BM BE
+        T = tl.load(top + at, here, other=0.0)
+        T = T if NATURAL else T * LOG2E
+        r = 1 / tl.load(l + at, here, other=1.0)
+        A = tl.zeros((BM, BE), tl.float32)
+        F = tl.zeros((BM,), tl.float32)
+        begin, full, full_end, end = seen_by(i0, BM, BN, length, left, right, shift)
+        for part in tl.static_range(3):
+            if part == 0:
+                j1, j2 = begin, full
+            elif part == 1:
+                j1, j2 = full, full_end
+            else:
+                j1, j2 = full_end, end
+            if part > 0 or left is not None:
+                for j0 in range(j1, j2, BN):
+                    K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, part != 1)  # BN BE
+                    V = rows(v + wide(j0) * vs, vs, S - j0, EV, BN, BV, UPCAST, part != 1)  # BN BV
+                    x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
+                    s, t = scores(
+                        x, i, j, i0, j0, m, ml, ms, L, S, slope, left, right, shift, length, scale, cap, NATURAL, part != 1
+                    )  # fmt: skip
+                    p = exponential(s - T[:, None], NATURAL) * r[:, None]
+                    ds = p * (tl.dot(dO, tl.trans(V), input_precision=PRECISION) - d[:, None])
+                    if dslopes is not None:
+                        F -= tl.sum(ds * tl.abs(i - j + (i0 + shift - j0)).to(tl.float32), 1)
+                    if cap is not None:
+                        ds *= 1 - t * t
+                    if dq is not None:
+                        A = tl.dot(ds.to(K.dtype), K, A, input_precision=PRECISION)
+        if dq is not None:
+            put(dq + (n * L + i0) * E, A * scale, L - i0, E, BM, BE)
+        if dslopes is not None:
+            tl.store(dslopes + pid, tl.sum(tl.where(here, F, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
+def columns_kernel(
+    do, q, k, v, m, slopes, lengths, top, l, D, dk, dv,
+    ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
+    H, G, L, S, left, right, shift, scale, cap,
+    E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of columns J, summed over the group. All tiles are transposed.
+
+    Columns past the end have rows of dK and dV of their own, which are not written, and rows past the end have dO = Q = D = 0:
+    neither needs a mask.
+    """
+    NATURAL: tl.constexpr = additive(m)
+    blocks = tl.cdiv(S, BN)
+    pid = tl.program_id(0)
+    j0 = pid % blocks * BN
+    c = (pid // blocks).to(tl.int64)  # B H
+    b, h = c // H, c % H
+    do += b * ob + h * oh
+    q += b * qb + h * qh
+    K = rows(k + (b * kb + h * kh + wide(j0) * ks), ks, S - j0, E, BN, BE, UPCAST)  # BN BE
+    if dk is not None:
+        V = rows(v + (b * vb + h * vh + wide(j0) * vs), vs, S - j0, EV, BN, BV, UPCAST)  # BN BV
+        dK = tl.zeros((BN, BE), tl.float32)
+    if dv is not None:
+        dV = tl.zeros((BN, BV), tl.float32)
+    j, i = tl.arange(0, BN)[:, None], tl.arange(0, BM)[None, :]
+    begin, full, full_end, end = seen_by(j0, BN, BM, L, right, left, -shift)
+    for g in range(0, G):
+        n = c * G + g
+        slope, length, mask = None, S, None
+        if m is not None:
+            mask = m + (b * mb + h * mh + wide(g) * mg)
+        if slopes is not None:
+            slope = tl.load(slopes + n)
+        middle, last = full_end, end
+        if lengths is not None:
+            length = tl.minimum(tl.load(lengths + n), S)
+            last = tl.where(length > j0, end, begin)
+        if lengths is not None or m is not None:
+            middle = tl.where(length < j0 + BN, full, full_end)  # all tiles are cut
+        for part in tl.static_range(3):
+            if part == 0:
+                i1, i2 = begin, tl.minimum(full, last)
+            elif part == 1:
+                i1, i2 = full, middle
+            else:
+                i1, i2 = middle, last
+            if part > 0 or right is not None:
+                for i0 in range(i1, i2, BM):
+                    at, here = n * L + i0 + tl.arange(0, BM), tl.arange(0, BM) < L - i0
+                    Q = rows(q + (wide(g) * qg + wide(i0) * ql), ql, L - i0, E, BM, BE, UPCAST, part != 1)  # BM BE
+                    dO = rows(do + (wide(g) * og + wide(i0) * ol), ol, L - i0, EV, BM, BV, UPCAST, part != 1)  # BM BV
+                    T = tl.load(top + at, here, other=0.0)
+                    T = T if NATURAL else T * LOG2E
+                    r = 1 / tl.load(l + at, here, other=1.0)
+                    x = tl.dot(K, tl.trans(Q), input_precision=PRECISION)  # BN BM
+                    s, t = scores(
+                        x, i, j, i0, j0, mask, ml, ms, L, S, slope, left, right, shift, length, scale, cap, NATURAL, part != 1
+                    )  # fmt: skip
+                    p = exponential(s - T[None, :], NATURAL) * r[None, :]
+                    if dv is not None:
+                        dV = tl.dot(p.to(dO.dtype), dO, dV, input_precision=PRECISION)
+                    if dk is not None:
+                        d = tl.load(D + at, here, other=0.0)
+                        ds = p * (tl.dot(V, tl.trans(dO), input_precision=PRECISION) - d[None, :])
+                        if cap is not None:
+                            ds *= 1 - t * t
+                        dK = tl.dot(ds.to(Q.dtype), Q, dK, input_precision=PRECISION)
+    if dk is not None:
+        put(dk + (c * S + j0) * E, dK * scale, S - j0, E, BN, BE)
+    if dv is not None:
+        put(dv + (c * S + j0) * EV, dV, S - j0, EV, BN, BV)
