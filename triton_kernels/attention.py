@@ -20,10 +20,11 @@ from torch import Tensor
 from bptoolkit.ops.attention_rule import RULE
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.attention_loops import columns_kernel, forward_kernel, rows_kernel
-from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32
+from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense
 from bptoolkit.triton_kernels.operator import operator
 
 WIDEST = 128  # features of a head
+COLUMNS = 64  # a multiple of those of a tile
 FARTHEST = 1 << 22  # elements from one row to the next: inside a tile offsets are of 32 bits
 
 
@@ -36,13 +37,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(kernel: str, E: int, bytes: int, warp: int) -> Tile:
-    """The tile of "forward", "rows" or "columns", for E padded features of elements of so many bytes."""
+def tile(kernel: str, E: int, bytes: int, plain: bool, warp: int) -> Tile:
+    """The tile of "forward", "rows" or "columns", for E padded features of elements of so many bytes; with options or plain."""
     if bytes == 4:
         return Tile(32, 32, 4, 1)
     if kernel == "forward":
-        return Tile(128, 64, 8 if E > 64 else 4, 2)
-    return Tile(64, 64, 8 if E > 64 else 4, 2)
+        return Tile(128, 64 if E <= 64 and plain else 32, 8, 2)
+    if kernel == "rows":
+        return Tile(64, 64, 8, 2)
+    return Tile(64 if E <= 64 else 32, 64, 8, 2)
 
 
 class Batch(NamedTuple):
@@ -72,14 +75,22 @@ def samples(t: Tensor, n: Batch, G: int) -> Tensor:
 
 
 def mask_of(m: Tensor | None, q: Tensor, n: Batch) -> tuple[Tensor | None, tuple[int, ...]]:
-    """The mask, booleans as bytes, and its five steps, 0 where it is broadcast."""
+    """The mask, booleans as bytes, and its five steps, 0 where it is broadcast.
+
+    Its columns can be read to the end of a tile, so that loads need no mask of their own and stay wide: if S is no multiple of
+    that, it is copied.
+    """
     if m is None:
         return None, (0,) * 5
-    if max(m.stride()[-2:], default=0) > FARTHEST:
-        m = m.contiguous()
     m = m.view(torch.uint8) if m.dtype == torch.bool else m
-    m = m.expand(*q.shape[:-2], n.L, n.S).reshape(n.B, n.H, n.G, n.L, n.S)
-    return m, m.stride()
+    if m.shape[-1] > 1 and m.shape[-1] % COLUMNS:
+        m = torch.nn.functional.pad(m, (0, -m.shape[-1] % COLUMNS))
+    elif max(m.stride()[-2:]) > FARTHEST:
+        m = m.contiguous()
+    columns = m.shape[-1] if m.shape[-1] > 1 else 1
+    m = m.expand(*q.shape[:-2], n.L, columns).reshape(n.B, n.H, n.G, n.L, columns)
+    *outer, last = m.stride()
+    return m, (*outer, last if columns > 1 else 0)
 
 
 def of_samples(t: Tensor | None, q: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -95,14 +106,20 @@ def shared_arguments(q: Tensor, n: Batch, window: Sequence[int], scale: float | 
     return n.H, n.G, n.L, n.S, *bounds, float(scale), cap or None
 
 
-def constants(q: Tensor, n: Batch, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
+def constants(q: Tensor, n: Batch, kernel: str, plain: bool) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
     """What the kernels take from the features on, how they are launched, and the tile."""
     BE, BV = (max(triton.next_power_of_2(x), 16) for x in (n.E, n.EV))
-    t = tile(kernel, max(BE, BV), q.element_size(), WARP)
+    t = tile(kernel, max(BE, BV), q.element_size(), plain, WARP)
     precision = "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
     upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16  # whose products the interpreter gets wrong
     options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
-    return (n.E, n.EV, BE, BV, t.BM, t.BN, precision, upcast), options, t
+    more = tile("rows", max(BE, BV), q.element_size(), plain, WARP).BM if kernel == "columns" else plain
+    return (n.E, n.EV, BE, BV, t.BM, t.BN, more, precision, upcast), options, t
+
+
+def is_plain(terms: Sequence[Tensor | None], window: Sequence[int], cap: float) -> bool:
+    """No option but causal: the kernel has registers left for loops of their own over the tiles that need no mask of places."""
+    return not cap and window[0] < 0 and all(t is None for t in terms)
 
 
 def _launch_forward(
@@ -124,7 +141,7 @@ def _launch_forward(
     mask, of_mask = mask_of(m, q, n)
     terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     steps = (*Q.stride()[:4], *near(K), *near(V), *of_mask)
-    fixed, options, t = constants(q, n, "forward")
+    fixed, options, t = constants(q, n, "forward", is_plain(terms, window, cap))
     grid = (triton.cdiv(n.L, t.BM) * n.B * n.H * n.G,)
     forward_kernel[grid](Q, K, V, *terms, *out, *steps, *shared_arguments(q, n, window, scale, cap), *fixed, **options)
     return out
@@ -169,23 +186,23 @@ def _launch_backward(
     terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     shared = shared_arguments(q, n, window, scale, cap)
     steps = (*dO.stride()[:4], *Q.stride()[:4], *near(K))
-    top, l, D, V, of_v = top.contiguous(), l.contiguous(), None, None, (0, 0, 0)
+    plain, V, O, of_v, of_o = is_plain(terms, window, cap), None, None, (0,) * 3, (0,) * 4
     if v is not None and o is not None:
         V, O = samples(v, n, 1), samples(o, n, n.G)
-        of_v = near(V)
-        fixed, options, t = constants(q, n, "rows")
-        blocks, N = triton.cdiv(n.L, t.BM), n.B * n.H * n.G
-        D = torch.empty(top.shape, dtype=torch.float32, device=q.device)
-        parts = None if dslopes is None else torch.empty(N, blocks, dtype=torch.float32, device=q.device)
-        given = (dO, None if dlse is None else dlse.contiguous(), Q, K, V, *terms, O, top, l, D, dq, parts)
-        if blocks:
-            rows_kernel[(blocks * N,)](*given, *steps, *of_v, *of_mask, *O.stride()[:4], *shared, *fixed, **options)
-        if dslopes is not None:
-            torch.sum(parts, 1, out=dslopes.view(-1))
+        of_v, of_o = near(V), O.stride()[:4]
+    fixed, options, t = constants(q, n, "rows", plain)
+    blocks, N = triton.cdiv(n.L, t.BM), n.B * n.H * n.G
+    T, r, D = (torch.empty(N, blocks * t.BM, dtype=torch.float32, device=q.device) for _ in range(3))
+    parts = None if dslopes is None else torch.empty(N, blocks, dtype=torch.float32, device=q.device)
+    given = (dO, dense(dlse), Q, K, V, *terms, O, dense(top), dense(l), T, r, D, dq, parts)
+    if blocks:
+        rows_kernel[(blocks * N,)](*given, *steps, *of_v, *of_mask, *of_o, *shared, *fixed, **options)
+    if dslopes is not None:
+        torch.sum(parts, 1, out=dslopes.view(-1))
     if n.S and not (dk is None and dv is None):
-        fixed, options, t = constants(q, n, "columns")
+        fixed, options, t = constants(q, n, "columns", plain)
         grid = (triton.cdiv(n.S, t.BN) * n.B * n.H,)
-        given = (dO, Q, K, V, *terms, top, l, D, dk, dv)
+        given = (dO, Q, K, V, *terms, T, r, D, dk, dv)
         columns_kernel[grid](*given, *steps, *of_v, *of_mask, *shared, *fixed, **options)
     return out
 
@@ -262,8 +279,8 @@ KERNEL = Kernel(forward, backward, unsupported)
 
 _POINTERS = {
     "forward": ("q k v", "o", "lse top l"),
-    "rows": ("do q k v o", "dq", "top l D"),
-    "columns": ("do q k v", "dk dv", "top l D"),
+    "rows": ("do q k v o", "dq", "top l T_ r_ D"),
+    "columns": ("do q k v", "dk dv", "T_ r_ D"),
 }
 _KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_kernel}
 _OPTIONS = ("m", "slopes", "lengths", "dlse", "dslopes")
@@ -287,8 +304,10 @@ def specs(warp: int) -> list[Spec]:
             if label == "everything":
                 types |= {"slopes": "*fp32", "lengths": "*i32", "left": "i32", "cap": "fp32"}
                 types |= {"dlse": "*fp32", "dslopes": "*fp32"} if kind == "rows" else {}
-            BM, BN, warps, stages = tile(kind, E, 4 if t == "fp32" else 2, warp)
-            values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "PRECISION": "ieee", "UPCAST": False, "ms": 1}
+            plain, bytes = label in ("full", "causal"), 4 if t == "fp32" else 2
+            BM, BN, warps, stages = tile(kind, E, bytes, plain, warp)
+            values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "SPLIT": plain, "BR": tile("rows", E, bytes, plain, warp).BM}
+            values |= {"PRECISION": "ieee", "UPCAST": False, "ms": 1}
             steps = [name for name in kernel.arg_names if name not in types and name not in values]
             types |= dict.fromkeys(steps, "i32")
             aligned = (*steps, *(name for name, of in types.items() if of[0] == "*"))

@@ -82,9 +82,12 @@ def seen_by(first, B: tl.constexpr, C: tl.constexpr, length, before, after, shif
 
 @triton.jit
 def scores(
-    x, i, j, i0, j0, m, ml, ms, L, S, slope, left, right, shift, length, scale, cap, NATURAL: tl.constexpr, EDGE: tl.constexpr
+    x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL: tl.constexpr, EDGE: tl.constexpr
 ):  # fmt: skip
-    """S of a tile, −inf where it is hidden; and tanh(x σ/c). i and j: from i0 and j0, one of them as a column."""
+    """S of a tile, −inf where it is hidden; and tanh(x σ/c). i and j: from i0 and j0, one of them as a column.
+
+    The mask can be read past column S; a row past the last is read as the last.
+    """
     unit = 1.0 if NATURAL else LOG2E
     if cap is None:
         t, s = x, x * (scale * unit)
@@ -95,10 +98,7 @@ def scores(
         s -= (slope * unit) * tl.abs(i - j + (i0 + shift - j0)).to(tl.float32)
     if m is not None:
         at = m + (wide(i0) * ml + wide(j0) * ms)
-        if EDGE:
-            y = tl.load(at + (i * ml + j * ms), (i < L - i0) & (j < S - j0), other=0)
-        else:
-            y = tl.load(at + (tl.minimum(i, L - i0 - 1) * ml + j * ms))
+        y = tl.load(at + (tl.minimum(i, L - i0 - 1) * ml + j * ms))
         s = s + y.to(tl.float32) if NATURAL else tl.where(y != 0, s, float("-inf"))
     if EDGE:
         seen = j < length - j0
@@ -115,7 +115,7 @@ def forward_kernel(
     q, k, v, m, slopes, lengths, o, lse, top, l, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """O, lse, top and l of rows I."""
     NATURAL: tl.constexpr = additive(m)
@@ -140,25 +140,27 @@ def forward_kernel(
     T = tl.full((BM,), LOWEST, tl.float32)
     Z = tl.zeros((BM,), tl.float32)
     begin, full, full_end, end = seen_by(i0, BM, BN, length, left, right, shift)
-    for part in tl.static_range(3):
-        if part == 0:
+    for part in tl.static_range(3 if SPLIT else 1):
+        if not SPLIT:
+            j1, j2 = begin, end
+        elif part == 0:
             j1, j2 = begin, full
         elif part == 1:
             j1, j2 = full, full_end
         else:
             j1, j2 = full_end, end
-        if part > 0 or left is not None:
+        if part > 0 or left is not None or not SPLIT:
             for j0 in range(j1, j2, BN):
-                K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, part != 1)  # BN BE
+                K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
                 x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
                 s, _ = scores(
-                    x, i, j, i0, j0, m, ml, ms, L, S, slope, left, right, shift, length, scale, cap, NATURAL, part != 1
+                    x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, not SPLIT or part != 1
                 )  # fmt: skip
                 T1 = tl.maximum(T, tl.max(s, 1))
                 p = exponential(s - T1[:, None], NATURAL)
                 shrink = exponential(T - T1, NATURAL)
                 Z = Z * shrink + tl.sum(p, 1)
-                V = rows(v + wide(j0) * vs, vs, S - j0, EV, BN, BV, UPCAST, part != 1)  # BN BV
+                V = rows(v + wide(j0) * vs, vs, S - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
                 O = tl.dot(p.to(V.dtype), V, O * shrink[:, None], input_precision=PRECISION)
                 T = T1
     nothing = Z == 0
@@ -173,27 +175,39 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
 def rows_kernel(
-    do, dlse, q, k, v, m, slopes, lengths, o, top, l, D, dq, dslopes,
+    do, dlse, q, k, v, m, slopes, lengths, o, top, l, T_, r_, D, dq, dslopes,
     ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, yb, yh, yg, yl,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """D of rows I, their dQ, and what they give to the gradient of their slope. ob ... are do's steps, yb ... those of o."""
+    """Of rows I: what `columns_kernel` wants of them, dQ, and what they give to the gradient of their slope.
+
+    ob ... are the steps of do, yb ... those of o. Rows past the end get T = ∞, hence P = 0.
+    """
     NATURAL: tl.constexpr = additive(m)
     blocks = tl.cdiv(L, BM)
     pid = tl.program_id(0)
     i0 = (blocks - 1 - pid % blocks) * BM
     n = (pid // blocks).to(tl.int64)
     b, h, g = n // (H * G), n // G % H, n % G
-    do += b * ob + h * oh + g * og + wide(i0) * ol
-    o += b * yb + h * yh + g * yg + wide(i0) * yl
-    dO = rows(do, ol, L - i0, EV, BM, BV, UPCAST)  # BM BV
     at, here = n * L + i0 + tl.arange(0, BM), tl.arange(0, BM) < L - i0
-    d = tl.sum(dO.to(tl.float32) * rows(o, yl, L - i0, EV, BM, BV, False).to(tl.float32), 1)  # BM
-    if dlse is not None:
-        d -= tl.load(dlse + at, here, other=0.0).to(tl.float32)
-    tl.store(D + at, d, here)
+    to = (n * blocks * BM + i0) + tl.arange(0, BM)
+    T = tl.load(top + at, here, other=float("inf"))
+    Z = tl.load(l + at, here, other=1.0)
+    if NATURAL:
+        tl.store(r_ + to, 1 / Z)
+    else:
+        T = T * LOG2E + tl.log2(Z)
+    tl.store(T_ + to, T)
+    if o is not None:
+        do += b * ob + h * oh + g * og + wide(i0) * ol
+        o += b * yb + h * yh + g * yg + wide(i0) * yl
+        dO = rows(do, ol, L - i0, EV, BM, BV, UPCAST)  # BM BV
+        d = tl.sum(dO.to(tl.float32) * rows(o, yl, L - i0, EV, BM, BV, False).to(tl.float32), 1)  # BM
+        if dlse is not None:
+            d -= tl.load(dlse + at, here, other=0.0).to(tl.float32)
+        tl.store(D + to, d)
     if dq is not None or dslopes is not None:
         q += b * qb + h * qh + g * qg + wide(i0) * ql
         k += b * kb + h * kh
@@ -207,28 +221,29 @@ def rows_kernel(
             length = tl.maximum(tl.minimum(tl.load(lengths + n), S), 0)
         i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
         Q = rows(q, ql, L - i0, E, BM, BE, UPCAST)  # BM BE
-        T = tl.load(top + at, here, other=0.0)
-        T = T if NATURAL else T * LOG2E
-        r = 1 / tl.load(l + at, here, other=1.0)
         A = tl.zeros((BM, BE), tl.float32)
         F = tl.zeros((BM,), tl.float32)
         begin, full, full_end, end = seen_by(i0, BM, BN, length, left, right, shift)
-        for part in tl.static_range(3):
-            if part == 0:
+        for part in tl.static_range(3 if SPLIT else 1):
+            if not SPLIT:
+                j1, j2 = begin, end
+            elif part == 0:
                 j1, j2 = begin, full
             elif part == 1:
                 j1, j2 = full, full_end
             else:
                 j1, j2 = full_end, end
-            if part > 0 or left is not None:
+            if part > 0 or left is not None or not SPLIT:
                 for j0 in range(j1, j2, BN):
-                    K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, part != 1)  # BN BE
-                    V = rows(v + wide(j0) * vs, vs, S - j0, EV, BN, BV, UPCAST, part != 1)  # BN BV
+                    K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
+                    V = rows(v + wide(j0) * vs, vs, S - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
                     x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
                     s, t = scores(
-                        x, i, j, i0, j0, m, ml, ms, L, S, slope, left, right, shift, length, scale, cap, NATURAL, part != 1
+                        x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, not SPLIT or part != 1
                     )  # fmt: skip
-                    p = exponential(s - T[:, None], NATURAL) * r[:, None]
+                    p = exponential(s - T[:, None], NATURAL)
+                    if NATURAL:
+                        p *= (1 / Z)[:, None]
                     ds = p * (tl.dot(dO, tl.trans(V), input_precision=PRECISION) - d[:, None])
                     if dslopes is not None:
                         F -= tl.sum(ds * tl.abs(i - j + (i0 + shift - j0)).to(tl.float32), 1)
@@ -244,16 +259,16 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
 def columns_kernel(
-    do, q, k, v, m, slopes, lengths, top, l, D, dk, dv,
+    do, q, k, v, m, slopes, lengths, T_, r_, D, dk, dv,
     ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of columns J, summed over the group. All tiles are transposed.
 
-    Columns past the end have rows of dK and dV of their own, which are not written, and rows past the end have dO = Q = D = 0:
-    neither needs a mask.
+    Columns past the end have rows of dK and dV of their own, which are not written, and rows past the end have P = 0: neither
+    needs a mask. BR is BM of `rows_kernel`.
     """
     NATURAL: tl.constexpr = additive(m)
     blocks = tl.cdiv(S, BN)
@@ -269,8 +284,10 @@ def columns_kernel(
         dK = tl.zeros((BN, BE), tl.float32)
     if dv is not None:
         dV = tl.zeros((BN, BV), tl.float32)
+    EDGE: tl.constexpr = left is not None or right is not None or lengths is not None
     j, i = tl.arange(0, BN)[:, None], tl.arange(0, BM)[None, :]
-    begin, full, full_end, end = seen_by(j0, BN, BM, L, right, left, -shift)
+    stretch = tl.cdiv(L, BR) * BR
+    begin, _, _, end = seen_by(j0, BN, BM, L, right, left, -shift)
     for g in range(0, G):
         n = c * G + g
         slope, length, mask = None, S, None
@@ -278,40 +295,28 @@ def columns_kernel(
             mask = m + (b * mb + h * mh + wide(g) * mg)
         if slopes is not None:
             slope = tl.load(slopes + n)
-        middle, last = full_end, end
+        last = end
         if lengths is not None:
-            length = tl.minimum(tl.load(lengths + n), S)
+            length = tl.load(lengths + n)
             last = tl.where(length > j0, end, begin)
-        if lengths is not None or m is not None:
-            middle = tl.where(length < j0 + BN, full, full_end)  # all tiles are cut
-        for part in tl.static_range(3):
-            if part == 0:
-                i1, i2 = begin, tl.minimum(full, last)
-            elif part == 1:
-                i1, i2 = full, middle
-            else:
-                i1, i2 = middle, last
-            if part > 0 or right is not None:
-                for i0 in range(i1, i2, BM):
-                    at, here = n * L + i0 + tl.arange(0, BM), tl.arange(0, BM) < L - i0
-                    Q = rows(q + (wide(g) * qg + wide(i0) * ql), ql, L - i0, E, BM, BE, UPCAST, part != 1)  # BM BE
-                    dO = rows(do + (wide(g) * og + wide(i0) * ol), ol, L - i0, EV, BM, BV, UPCAST, part != 1)  # BM BV
-                    T = tl.load(top + at, here, other=0.0)
-                    T = T if NATURAL else T * LOG2E
-                    r = 1 / tl.load(l + at, here, other=1.0)
-                    x = tl.dot(K, tl.trans(Q), input_precision=PRECISION)  # BN BM
-                    s, t = scores(
-                        x, i, j, i0, j0, mask, ml, ms, L, S, slope, left, right, shift, length, scale, cap, NATURAL, part != 1
-                    )  # fmt: skip
-                    p = exponential(s - T[None, :], NATURAL) * r[None, :]
-                    if dv is not None:
-                        dV = tl.dot(p.to(dO.dtype), dO, dV, input_precision=PRECISION)
-                    if dk is not None:
-                        d = tl.load(D + at, here, other=0.0)
-                        ds = p * (tl.dot(V, tl.trans(dO), input_precision=PRECISION) - d[None, :])
-                        if cap is not None:
-                            ds *= 1 - t * t
-                        dK = tl.dot(ds.to(Q.dtype), Q, dK, input_precision=PRECISION)
+        for i0 in range(begin, last, BM):
+            at = n * stretch + i0 + tl.arange(0, BM)
+            Q = rows(q + (wide(g) * qg + wide(i0) * ql), ql, L - i0, E, BM, BE, UPCAST)  # BM BE
+            dO = rows(do + (wide(g) * og + wide(i0) * ol), ol, L - i0, EV, BM, BV, UPCAST)  # BM BV
+            x = tl.dot(K, tl.trans(Q), input_precision=PRECISION)  # BN BM
+            s, t = scores(
+                x, i, j, i0, j0, mask, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, EDGE
+            )  # fmt: skip
+            p = exponential(s - tl.load(T_ + at)[None, :], NATURAL)
+            if NATURAL:
+                p *= tl.load(r_ + at)[None, :]
+            if dv is not None:
+                dV = tl.dot(p.to(dO.dtype), dO, dV, input_precision=PRECISION)
+            if dk is not None:
+                ds = p * (tl.dot(V, tl.trans(dO), input_precision=PRECISION) - tl.load(D + at)[None, :])
+                if cap is not None:
+                    ds *= 1 - t * t
+                dK = tl.dot(ds.to(Q.dtype), Q, dK, input_precision=PRECISION)
     if dk is not None:
         put(dk + (c * S + j0) * E, dK * scale, S - j0, E, BN, BE)
     if dv is not None:
