@@ -39,13 +39,14 @@ class Tile(NamedTuple):
 
 def tile(kernel: str, E: int, bytes: int, plain: bool, warp: int) -> Tile:
     """The tile of "forward", "rows" or "columns", for E padded features of elements of so many bytes; with options or plain."""
+    threads = 4 if warp == 64 else 8
     if bytes == 4:
-        return Tile(32, 32, 4, 1)
+        return Tile(32, 32, threads if E > 64 else 4, 1)
     if kernel == "forward":
         return Tile(128, 64 if E <= 64 and plain else 32, 8, 2)
     if kernel == "rows":
-        return Tile(64, 64, 8, 2)
-    return Tile(64 if E <= 64 else 32, 64, 8, 2)
+        return Tile(64, 32, threads, 2)
+    return Tile(32, 64, threads, 1)
 
 
 class Batch(NamedTuple):
@@ -110,11 +111,18 @@ def constants(q: Tensor, n: Batch, kernel: str, plain: bool) -> tuple[tuple[Any,
     """What the kernels take from the features on, how they are launched, and the tile."""
     BE, BV = (max(triton.next_power_of_2(x), 16) for x in (n.E, n.EV))
     t = tile(kernel, max(BE, BV), q.element_size(), plain, WARP)
-    precision = "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = precision_of(q.dtype, WARP)
     upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16  # whose products the interpreter gets wrong
     options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
     more = tile("rows", max(BE, BV), q.element_size(), plain, WARP).BM if kernel == "columns" else plain
     return (n.E, n.EV, BE, BV, t.BM, t.BN, more, precision, upcast), options, t
+
+
+def precision_of(dtype: torch.dtype, warp: int) -> str:
+    """How products of float32 are made: by matrix instructions, on NVIDIA's parts out of three of tf32."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3" if warp == 32 else "ieee"
 
 
 def is_plain(terms: Sequence[Tensor | None], window: Sequence[int], cap: float) -> bool:
@@ -283,6 +291,7 @@ _POINTERS = {
     "columns": ("do q k v", "dk dv", "T_ r_ D"),
 }
 _KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_kernel}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _OPTIONS = ("m", "slopes", "lengths", "dlse", "dslopes")
 
 
@@ -307,14 +316,12 @@ def specs(warp: int) -> list[Spec]:
             plain, bytes = label in ("full", "causal"), 4 if t == "fp32" else 2
             BM, BN, warps, stages = tile(kind, E, bytes, plain, warp)
             values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "SPLIT": plain, "BR": tile("rows", E, bytes, plain, warp).BM}
-            values |= {"PRECISION": "ieee", "UPCAST": False, "ms": 1}
+            values |= {"PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False, "ms": 1}
             steps = [name for name in kernel.arg_names if name not in types and name not in values]
             types |= dict.fromkeys(steps, "i32")
             aligned = (*steps, *(name for name, of in types.items() if of[0] == "*"))
             types = {name: types[name] for name in kernel.arg_names if name in types}
             aligned = tuple(name for name in aligned if name in types)
             values = {name: value for name, value in values.items() if name in kernel.arg_names and name not in types}
-            # of float32 in full the products are of plain multiplications and additions on NVIDIA's parts
-            dot = t != "fp32"
-            every.append(Spec(f"attention {kind} {t} {E} {label}", kernel, types, values, aligned, warps, stages, dot))
+            every.append(Spec(f"attention {kind} {t} {E} {label}", kernel, types, values, aligned, warps, stages, True))
     return every
