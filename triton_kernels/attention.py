@@ -1,9 +1,9 @@
 """Attention by tiles in registers, forward and backward. For the maths see `bptoolkit.ops.attention_rule`.
 
 forward    a program has rows I of Q and passes over K and V: the running maximum T and sum l, O rescaled as T grows
-backward   rows: D = rowsum(dO∘O) − dlse and dQ of rows I, by passes over K and V; then columns: dK and dV of columns J, by passes
-           over the rows of all heads that share them; and dM, where it is wanted, tile by tile, over all samples that share it.
-           P is made again from S, T and l. 7 products of matrices instead of 5, and no atomics: the same bits every time
+backward   rows: D = rowsum(dO∘O) − dlse and dQ of rows I, by passes over K and V; then columns: dK and dV of columns J, by
+           passes over the rows of all heads that share them. P is made again from S, T and l. 7 products of matrices instead
+           of 5, and no atomics: the same bits every time
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(kernel: str, E: int, bytes: int, plain: bool, warp: int) -> Tile:
-    """The tile of "forward", "rows" or "columns", for E padded features of elements of so many bytes; with options or plain."""
-    threads = 4 if warp == 64 else 8
+def tile(kernel: str, E: int, bytes: int, options: int, warp: int) -> Tile:
+    """The tile of "forward", "rows" or "columns", for E padded features of elements of so many bytes. options: `options_of`."""
     if bytes == 4:
-        return Tile(32, 32, threads if E > 64 else 4, 1)
+        if E <= 64:
+            return Tile(32, 16 if kernel == "rows" else 32, 4, 1)
+        return {"forward": Tile(32, 16, 8, 1), "rows": Tile(16, 16, 4, 2), "columns": Tile(16, 16, 8, 1)}[kernel]
     if kernel == "forward":
-        return Tile(128, 64 if E <= 64 and plain else 32, 8, 2)
+        return Tile(128, 32 if E > 64 or options else 64, 8, 2)
+    warps = 4 if warp == 64 else 8
     if kernel == "rows":
-        return Tile(64, 32, threads, 2)
-    return Tile(32, 64, threads, 1)
+        return Tile(64, 32, warps, 2)
+    return Tile(32, 64, warps, 2 if options < 2 and warp == 32 else 1)
 
 
 class Batch(NamedTuple):
@@ -107,14 +109,14 @@ def shared_arguments(q: Tensor, n: Batch, window: Sequence[int], scale: float | 
     return n.H, n.G, n.L, n.S, *bounds, float(scale), cap or None
 
 
-def constants(q: Tensor, n: Batch, kernel: str, plain: bool) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
+def constants(q: Tensor, n: Batch, kernel: str, has: int) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
     """What the kernels take from the features on, how they are launched, and the tile."""
     BE, BV = (max(triton.next_power_of_2(x), 16) for x in (n.E, n.EV))
-    t = tile(kernel, max(BE, BV), q.element_size(), plain, WARP)
+    t = tile(kernel, max(BE, BV), q.element_size(), has, WARP)
     precision = precision_of(q.dtype, WARP)
     upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16  # whose products the interpreter gets wrong
     options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
-    more = tile("rows", max(BE, BV), q.element_size(), plain, WARP).BM if kernel == "columns" else plain
+    more = tile("rows", max(BE, BV), q.element_size(), has, WARP).BM if kernel == "columns" else not has
     return (n.E, n.EV, BE, BV, t.BM, t.BN, more, precision, upcast), options, t
 
 
@@ -125,9 +127,10 @@ def precision_of(dtype: torch.dtype, warp: int) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3" if warp == 32 else "ieee"
 
 
-def is_plain(terms: Sequence[Tensor | None], window: Sequence[int], cap: float) -> bool:
-    """No option but causal: the kernel has registers left for loops of their own over the tiles that need no mask of places."""
-    return not cap and window[0] < 0 and all(t is None for t in terms)
+def options_of(terms: Sequence[Tensor | None], window: Sequence[int], cap: float) -> int:
+    """What takes registers: 0 for nothing but causal, which leaves enough for loops of their own over the tiles that need no
+    mask of places; 1 for a mask; 2 for more."""
+    return 2 if cap or window[0] >= 0 or any(t is not None for t in terms[1:]) else int(terms[0] is not None)
 
 
 def _launch_forward(
@@ -149,7 +152,7 @@ def _launch_forward(
     mask, of_mask = mask_of(m, q, n)
     terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     steps = (*Q.stride()[:4], *near(K), *near(V), *of_mask)
-    fixed, options, t = constants(q, n, "forward", is_plain(terms, window, cap))
+    fixed, options, t = constants(q, n, "forward", options_of(terms, window, cap))
     grid = (triton.cdiv(n.L, t.BM) * n.B * n.H * n.G,)
     forward_kernel[grid](Q, K, V, *terms, *out, *steps, *shared_arguments(q, n, window, scale, cap), *fixed, **options)
     return out
@@ -194,11 +197,11 @@ def _launch_backward(
     terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     shared = shared_arguments(q, n, window, scale, cap)
     steps = (*dO.stride()[:4], *Q.stride()[:4], *near(K))
-    plain, V, O, of_v, of_o = is_plain(terms, window, cap), None, None, (0,) * 3, (0,) * 4
+    has, V, O, of_v, of_o = options_of(terms, window, cap), None, None, (0,) * 3, (0,) * 4
     if v is not None and o is not None:
         V, O = samples(v, n, 1), samples(o, n, n.G)
         of_v, of_o = near(V), O.stride()[:4]
-    fixed, options, t = constants(q, n, "rows", plain)
+    fixed, options, t = constants(q, n, "rows", has)
     blocks, N = triton.cdiv(n.L, t.BM), n.B * n.H * n.G
     T, r, D = (torch.empty(N, blocks * t.BM, dtype=torch.float32, device=q.device) for _ in range(3))
     parts = None if dslopes is None else torch.empty(N, blocks, dtype=torch.float32, device=q.device)
@@ -208,7 +211,7 @@ def _launch_backward(
     if dslopes is not None:
         torch.sum(parts, 1, out=dslopes.view(-1))
     if n.S and not (dk is None and dv is None):
-        fixed, options, t = constants(q, n, "columns", plain)
+        fixed, options, t = constants(q, n, "columns", has)
         grid = (triton.cdiv(n.S, t.BN) * n.B * n.H,)
         given = (dO, Q, K, V, *terms, T, r, D, dk, dv)
         columns_kernel[grid](*given, *steps, *of_v, *of_mask, *shared, *fixed, **options)
@@ -242,9 +245,7 @@ def forward(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p
 
 def backward(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
     if need.m or (do is None and v is None):
-        return RULE.backward(
-            do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need
-        )
+        return RULE.backward(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need)
     if do is None:
         do = torch.zeros((), dtype=q.dtype, device=q.device).expand(*q.shape[:-1], v.shape[-1])
     wanted = [need.q, need.k, need.v, need.slopes]
@@ -313,10 +314,10 @@ def specs(warp: int) -> list[Spec]:
             if label == "everything":
                 types |= {"slopes": "*fp32", "lengths": "*i32", "left": "i32", "cap": "fp32"}
                 types |= {"dlse": "*fp32", "dslopes": "*fp32"} if kind == "rows" else {}
-            plain, bytes = label in ("full", "causal"), 4 if t == "fp32" else 2
-            BM, BN, warps, stages = tile(kind, E, bytes, plain, warp)
-            values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "SPLIT": plain, "BR": tile("rows", E, bytes, plain, warp).BM}
-            values |= {"PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False, "ms": 1}
+            has, bytes = {"bias": 1, "everything": 2}.get(label, 0), 4 if t == "fp32" else 2
+            BM, BN, warps, stages = tile(kind, E, bytes, has, warp)
+            values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "SPLIT": not has, "UPCAST": False, "ms": 1}
+            values |= {"BR": tile("rows", E, bytes, has, warp).BM, "PRECISION": precision_of(_DTYPES[t], warp)}
             steps = [name for name in kernel.arg_names if name not in types and name not in values]
             types |= dict.fromkeys(steps, "i32")
             aligned = (*steps, *(name for name, of in types.items() if of[0] == "*"))

@@ -154,7 +154,8 @@ def forward_kernel(
                 K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
                 x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
                 s, _ = scores(
-                    x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, not SPLIT or part != 1
+                    x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL,
+                    not SPLIT or part != 1,
                 )  # fmt: skip
                 T1 = tl.maximum(T, tl.max(s, 1))
                 p = exponential(s - T1[:, None], NATURAL)
@@ -239,7 +240,8 @@ def rows_kernel(
                     V = rows(v + wide(j0) * vs, vs, S - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
                     x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
                     s, t = scores(
-                        x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, not SPLIT or part != 1
+                        x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL,
+                        not SPLIT or part != 1,
                     )  # fmt: skip
                     p = exponential(s - T[:, None], NATURAL)
                     if NATURAL:

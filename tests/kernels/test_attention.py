@@ -78,9 +78,7 @@ def test_errors_beside_torchs(device, dtype, causal):
         assert (o.double() - e).norm() <= 2 * (t.double() - e).norm()
 
 
-@pytest.mark.parametrize(
-    "B, shared", [((), None), ((3,), None), ((2, 1, 2), None), ((2, 1, 3), (2, 1, 1)), ((1, 4), (1, 1))]
-)
+@pytest.mark.parametrize("B, shared", [((), None), ((3,), None), ((2, 1, 2), None), ((2, 1, 3), (2, 1, 1)), ((1, 4), (1, 1))])
 @pytest.mark.parametrize("window", [EVERYWHERE, CAUSAL], ids=["full", "causal"])
 def test_batches(device, B, shared, window):
     """Any number of dimensions; a group of heads shares k and v, and their gradients are sums over it."""
@@ -99,9 +97,12 @@ def test_heads_beside_features(device):
     run_of(q, k, v, do=do)
 
 
-@pytest.mark.parametrize("L, S, E, EV, B", [(0, 3, 4, 4, (2,)), (3, 0, 4, 4, (2,)), (3, 3, 0, 4, (1,)), (3, 3, 4, 0, (1,)), (3, 3, 4, 4, (0, 2)), (0, 0, 4, 4, (1,))])
+EMPTY = [(0, 3, 4, 4, 2), (3, 0, 4, 4, 2), (3, 3, 0, 4, 1), (3, 3, 4, 0, 1), (3, 3, 4, 4, 0), (0, 0, 4, 4, 1)]
+
+
+@pytest.mark.parametrize("L, S, E, EV, B", EMPTY)
 def test_zero_sizes(device, L, S, E, EV, B):
-    q, k, v = (normal(*B, n, e, device=device) for n, e in ((L, E), (S, E), (S, EV)))
+    q, k, v = (normal(B, 2, n, e, device=device) for n, e in ((L, E), (S, E), (S, EV)))
     run_of(q, k, v)
 
 
@@ -128,6 +129,7 @@ def test_masks(device, shape, kind):
     run(20, 40, B=(2, 2), m=m, dtype=dtype, errors=errors, device=device, dlse=None)
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # of columns past the end
 def test_masks_of_large_numbers(device):
     """A row of the lowest numbers is no hidden row: its keys have equal shares, in gradients too."""
     m = normal(1, 1, 20, 40, device=device)
@@ -167,6 +169,7 @@ def test_with_a_mask_all_together(device):
     run(33, 40, B=(1, 2), m=m, slopes=slopes, window=(20, 3, 1), cap=2.0, need="qkvs", device=device)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_nan_and_infinities(device):
     """They stay in the rows that meet them."""
     q, k, v = (normal(1, 40, 8, device=device, seed=s) for s in range(3))
@@ -196,7 +199,7 @@ def test_the_public_function(device):
     """With heads in groups and all of the options, twice differentiated."""
     q, k, v = (normal(2, h, 10, 8, device=device).requires_grad_() for h in (4, 2, 2))
     options = {"enable_gqa": True, "is_causal": True, "softcap": 3.0, "return_lse": True, "causal_align": "bottom_right"}
-    options |= {"alibi_slopes": bp.functional.alibi_slopes(4, device=device)} if hasattr(bp.functional, "alibi_slopes") else {}
+    options |= {"alibi_slopes": bp.functional.alibi_slopes(4, device=device)}
     results = []
     for backend in ("triton", "eager"):
         o, lse = sdpa(q, k, v, **options, backend=backend)
