@@ -145,6 +145,14 @@ def linear_recurrence(T: int, B: int, N: int) -> Make:
     return make
 
 
+def attention(L: int, E: int, causal: bool) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        shape = toyed(16384 // L, toy), toyed(16, toy), toyed(L, toy), toyed(E, 4 if toy > 1 else 1)
+        return Case(tuple(d.tensor(*shape) for _ in range(3)), {"is_causal": causal})
+
+    return make
+
+
 WIDTHS = (1024, 4096, 16384, 65536)
 CASES: Mapping[str, Mapping[str, Make]] = {
     "layer_norm": each(norm, *WIDTHS, bias=True),
@@ -182,6 +190,10 @@ CASES: Mapping[str, Mapping[str, Make]] = {
     "causal_conv1d": {"state-space model": causal_conv1d},
     "conv2d": {"depthwise": depthwise(False), "depthwise, channels last": depthwise(True)},
     "conv2d_activation": {"3 × 3": convolution_activation},
+    "scaled_dot_product_attention": {
+        f"L {L}, E {E}{', causal' * causal}": attention(L, E, causal)
+        for L, E, causal in ((1024, 64, False), (4096, 128, False), (4096, 128, True), (16384, 128, True))
+    },
     "max_pool2d": {"112 × 112": max_pool2d},
     "embedding": {"131072 rows": embedding},
     "linear_recurrence": {
