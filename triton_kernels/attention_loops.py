@@ -166,12 +166,17 @@ def forward_kernel(
                 T = T1
     nothing = Z == 0
     Z = tl.where(nothing, 1.0, Z)
-    T = tl.where(nothing, 0.0, tl.where(Z != Z, Z, T if NATURAL else T * LN2))
+    T = tl.where(nothing, 0.0, tl.where(Z != Z, Z, T))
+    put(o + (n * L + i0) * EV, O / Z[:, None], L - i0, EV, BM, BV)
+    if not NATURAL:
+        T1 = T
+        T *= LN2
+        rounded = tl.where(nothing, 0.0, T * LOG2E)  # as backward will have it; a choice keeps the product out of an fma
+        Z *= tl.exp2(T1 - rounded)  # else P would not sum to 1 there where T is large
     at, here = n * L + i0 + tl.arange(0, BM), tl.arange(0, BM) < L - i0
     tl.store(lse + at, tl.where(nothing, float("-inf"), T + tl.log(Z)), here)
     tl.store(top + at, T, here)
     tl.store(l + at, Z, here)
-    put(o + (n * L + i0) * EV, O / Z[:, None], L - i0, EV, BM, BV)
 
 
 @triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
@@ -195,12 +200,10 @@ def rows_kernel(
     at, here = n * L + i0 + tl.arange(0, BM), tl.arange(0, BM) < L - i0
     to = (n * blocks * BM + i0) + tl.arange(0, BM)
     T = tl.load(top + at, here, other=float("inf"))
-    Z = tl.load(l + at, here, other=1.0)
-    if NATURAL:
-        tl.store(r_ + to, 1 / Z)
-    else:
-        T = T * LOG2E + tl.log2(Z)
+    T = T if NATURAL else T * LOG2E
+    r = 1 / tl.load(l + at, here, other=1.0)
     tl.store(T_ + to, T)
+    tl.store(r_ + to, r)
     if o is not None:
         do += b * ob + h * oh + g * og + wide(i0) * ol
         o += b * yb + h * yh + g * yg + wide(i0) * yl
@@ -243,9 +246,7 @@ def rows_kernel(
                         x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL,
                         not SPLIT or part != 1,
                     )  # fmt: skip
-                    p = exponential(s - T[:, None], NATURAL)
-                    if NATURAL:
-                        p *= (1 / Z)[:, None]
+                    p = exponential(s - T[:, None], NATURAL) * r[:, None]
                     ds = p * (tl.dot(dO, tl.trans(V), input_precision=PRECISION) - d[:, None])
                     if dslopes is not None:
                         F -= tl.sum(ds * tl.abs(i - j + (i0 + shift - j0)).to(tl.float32), 1)
@@ -309,9 +310,7 @@ def columns_kernel(
             s, t = scores(
                 x, i, j, i0, j0, mask, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, EDGE
             )  # fmt: skip
-            p = exponential(s - tl.load(T_ + at)[None, :], NATURAL)
-            if NATURAL:
-                p *= tl.load(r_ + at)[None, :]
+            p = exponential(s - tl.load(T_ + at)[None, :], NATURAL) * tl.load(r_ + at)[None, :]
             if dv is not None:
                 dV = tl.dot(p.to(dO.dtype), dO, dV, input_precision=PRECISION)
             if dk is not None:

@@ -190,6 +190,17 @@ def test_large_scores(device):
         run_of(q, k, v, errors=400)
 
 
+def test_probabilities_of_large_scores_sum_to_one(device):
+    """In backward too, where the largest score is some thousands: dV summed over the keys is dO summed over the queries."""
+    q, k, v, do = (normal(1, 40, 8, device=device, seed=s) for s in range(4))
+    given, options = (100 * q, 30 * k, v, *(None,) * 6), (EVERYWHERE, None, 0.0, 0.0)
+    o, _, top, l = file.KERNEL.forward(*given, *options)
+    need = RULE.Need(False, False, True, *(False,) * 6)
+    dv = file.KERNEL.backward(do, None, *given, o, top, l, *options, need)[2]
+    assert top.max() > 5000
+    torch.testing.assert_close(dv.sum(1), do.sum(1), rtol=1e-5, atol=1e-5)
+
+
 def test_the_shipped_tiles(device, monkeypatch):
     monkeypatch.undo()
     run(130, 70, 64, B=(1,), window=CAUSAL, dtype=torch.float16, errors=1 << 13, device=device)
