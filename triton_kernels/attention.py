@@ -109,15 +109,16 @@ def shared_arguments(q: Tensor, n: Batch, window: Sequence[int], scale: float | 
     return n.H, n.G, n.L, n.S, *bounds, float(scale), cap or None
 
 
-def constants(q: Tensor, n: Batch, kernel: str, has: int) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
+def constants(q: Tensor, m: Tensor | None, n: Batch, kernel: str, has: int) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
     """What the kernels take from the features on, how they are launched, and the tile."""
     BE, BV = (max(triton.next_power_of_2(x), 16) for x in (n.E, n.EV))
     t = tile(kernel, max(BE, BV), q.element_size(), has, WARP)
     precision = precision_of(q.dtype, WARP)
+    natural = m is not None and m.dtype != torch.bool
     upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16  # whose products the interpreter gets wrong
     options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
     more = tile("rows", max(BE, BV), q.element_size(), has, WARP).BM if kernel == "columns" else not has
-    return (n.E, n.EV, BE, BV, t.BM, t.BN, more, precision, upcast), options, t
+    return (n.E, n.EV, BE, BV, t.BM, t.BN, natural, more, precision, upcast), options, t
 
 
 def precision_of(dtype: torch.dtype, warp: int) -> str:
@@ -152,7 +153,7 @@ def _launch_forward(
     mask, of_mask = mask_of(m, q, n)
     terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     steps = (*Q.stride()[:4], *near(K), *near(V), *of_mask)
-    fixed, options, t = constants(q, n, "forward", options_of(terms, window, cap))
+    fixed, options, t = constants(q, m, n, "forward", options_of(terms, window, cap))
     grid = (triton.cdiv(n.L, t.BM) * n.B * n.H * n.G,)
     forward_kernel[grid](Q, K, V, *terms, *out, *steps, *shared_arguments(q, n, window, scale, cap), *fixed, **options)
     return out
@@ -201,7 +202,7 @@ def _launch_backward(
     if v is not None and o is not None:
         V, O = samples(v, n, 1), samples(o, n, n.G)
         of_v, of_o = near(V), O.stride()[:4]
-    fixed, options, t = constants(q, n, "rows", has)
+    fixed, options, t = constants(q, m, n, "rows", has)
     blocks, N = triton.cdiv(n.L, t.BM), n.B * n.H * n.G
     T, r, D = (torch.empty(N, blocks * t.BM, dtype=torch.float32, device=q.device) for _ in range(3))
     parts = None if dslopes is None else torch.empty(N, blocks, dtype=torch.float32, device=q.device)
@@ -211,7 +212,7 @@ def _launch_backward(
     if dslopes is not None:
         torch.sum(parts, 1, out=dslopes.view(-1))
     if n.S and not (dk is None and dv is None):
-        fixed, options, t = constants(q, n, "columns", has)
+        fixed, options, t = constants(q, m, n, "columns", has)
         grid = (triton.cdiv(n.S, t.BN) * n.B * n.H,)
         given = (dO, Q, K, V, *terms, T, r, D, dk, dv)
         columns_kernel[grid](*given, *steps, *of_v, *of_mask, *shared, *fixed, **options)
@@ -297,11 +298,11 @@ _OPTIONS = ("m", "slopes", "lengths", "dlse", "dslopes")
 
 
 def specs(warp: int) -> list[Spec]:
-    """The kernels at the shipped configurations: full, causal, with a bias, with all the options."""
+    """The kernels at the shipped configurations: full, causal, with a mask, a bias, all the options."""
     every = []
     for t, E, (kind, kernel) in product(("bf16", "fp32"), (64, 128), _KERNELS.items()):
-        for label in ("full", "causal", "bias", "everything"):
-            if (t, E) == ("fp32", 64) and label != "causal":
+        for label in ("full", "causal", "mask", "bias", "everything"):
+            if t == "fp32" and (label == "mask" or (E == 64 and label != "causal")):
                 continue
             tensors, written, numbers = (names.split() for names in _POINTERS[kind])
             types = {name: f"*{t}" for name in (*tensors, *written)} | {name: "*fp32" for name in numbers}
@@ -309,14 +310,25 @@ def specs(warp: int) -> list[Spec]:
             types |= dict.fromkeys(("H", "G", "L", "S", "shift"), "i32") | {"scale": "fp32"}
             if label in ("causal", "everything"):
                 types["right"] = "i32"
-            if label in ("bias", "everything"):
-                types["m"] = f"*{t}"
+            if label in ("mask", "bias", "everything"):
+                types["m"] = "*u8" if label == "mask" else f"*{t}"
             if label == "everything":
                 types |= {"slopes": "*fp32", "lengths": "*i32", "left": "i32", "cap": "fp32"}
                 types |= {"dlse": "*fp32", "dslopes": "*fp32"} if kind == "rows" else {}
-            has, bytes = {"bias": 1, "everything": 2}.get(label, 0), 4 if t == "fp32" else 2
+            has, bytes = {"mask": 1, "bias": 1, "everything": 2}.get(label, 0), 4 if t == "fp32" else 2
             BM, BN, warps, stages = tile(kind, E, bytes, has, warp)
-            values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "SPLIT": not has, "UPCAST": False, "ms": 1}
+            values |= {
+                "E": E,
+                "EV": E,
+                "BE": E,
+                "BV": E,
+                "BM": BM,
+                "BN": BN,
+                "SPLIT": not has,
+                "NATURAL": has > 0 and label != "mask",
+                "UPCAST": False,
+                "ms": 1,
+            }
             values |= {"BR": tile("rows", E, bytes, has, warp).BM, "PRECISION": precision_of(_DTYPES[t], warp)}
             steps = [name for name in kernel.arg_names if name not in types and name not in values]
             types |= dict.fromkeys(steps, "i32")

@@ -2,7 +2,7 @@
 
 A program has a tile of rows I, or of columns J, of one sample and passes over what that sees: tiles that an edge cuts (of the
 window, the lengths, the matrix) with a mask of places, those between without. S is in base 2, S log₂e, so that its exponential
-is one instruction; with an additive mask, whose lowest numbers would overflow there, it is as it is.
+is one instruction; with an additive mask, whose lowest numbers would overflow there, it is as it is (NATURAL).
 
 Letters as in the rule; a sample of the batch is (b, h, g): k and v have no g where a group of heads shares them. x is Q Kᵀ. An
 option that is not given is None.
@@ -49,15 +49,6 @@ def put(p, x, count, E: tl.constexpr, R: tl.constexpr, BE: tl.constexpr):
     if E < BE:
         mask = mask & (e < E)[None, :]
     tl.store(p + (r[:, None] * E + e[None, :]), x.to(p.dtype.element_ty), mask)
-
-
-@triton.jit
-def additive(m):
-    """Whether there is a mask that is added."""
-    if m is None:
-        return False
-    else:
-        return m.dtype.element_ty != tl.uint8
 
 
 @triton.jit
@@ -115,10 +106,9 @@ def forward_kernel(
     q, k, v, m, slopes, lengths, o, lse, top, l, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """O, lse, top and l of rows I."""
-    NATURAL: tl.constexpr = additive(m)
     blocks = tl.cdiv(L, BM)
     pid = tl.program_id(0)
     i0 = (blocks - 1 - pid % blocks) * BM  # those that see most first
@@ -185,13 +175,12 @@ def rows_kernel(
     ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, yb, yh, yg, yl,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Of rows I: what `columns_kernel` wants of them, dQ, and what they give to the gradient of their slope.
 
     ob ... are the steps of do, yb ... those of o. Rows past the end get T = ∞, hence P = 0.
     """
-    NATURAL: tl.constexpr = additive(m)
     blocks = tl.cdiv(L, BM)
     pid = tl.program_id(0)
     i0 = (blocks - 1 - pid % blocks) * BM
@@ -266,14 +255,13 @@ def columns_kernel(
     ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NATURAL: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of columns J, summed over the group. All tiles are transposed.
 
     Columns past the end have rows of dK and dV of their own, which are not written, and rows past the end have P = 0: neither
     needs a mask. BR is BM of `rows_kernel`.
     """
-    NATURAL: tl.constexpr = additive(m)
     blocks = tl.cdiv(S, BN)
     pid = tl.program_id(0)
     j0 = pid % blocks * BN
