@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -119,6 +120,14 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> None:
     for s, t in zip(a, b):
         if isinstance(s, Tensor):
             assert torch.equal(s.nan_to_num(), t.nan_to_num()), "another run gives other bits"
+
+
+GIVEN_AND_NEEDED = [
+    (w, b, need)
+    for w, b, *need in product((True, False), repeat=5)
+    if any(need) and w >= need[1] and b >= need[2]  # x always, w and b if they are given
+]
+"""For a norm of x with w and b: whether each of the two is given, and what needs a gradient."""
 
 
 LAYOUTS: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -79,8 +79,7 @@ RULE = Rule("dropout", forward, backward, inputs="x s", outputs="y", kernel=kern
 def run(op: Op, x: Tensor, p: float, training: bool, inplace: bool, backend: str, lead: int | None, alpha: bool) -> Tensor:
     """What the six functions have in common."""
     check_floating(op.name, "input", x)
-    if not 0 <= p <= 1:
-        raise ValueError(f"{op.name}: p={p}; the probability of an element to be dropped lies between 0 and 1")
+    check_share(op.name, p)
     lead = x.dim() if lead is None else lead
     backend = op.pick(RULE, backend, x, None, p, lead, alpha)  # the seed is not drawn yet
     if not training or p == 0 or x.numel() == 0:
@@ -89,6 +88,12 @@ def run(op: Op, x: Tensor, p: float, training: bool, inplace: bool, backend: str
         refuse_leaf(op.name, x)
     y = RULE(x, randomness.draw_seed(x), float(p), lead, alpha, backend=backend)
     return x.copy_(y) if inplace else y
+
+
+def check_share(op: str, p: float) -> None:
+    """Raise unless p is a probability."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: p={p}; the probability of an element to be dropped lies between 0 and 1")
 
 
 def check_dims(op: str, x: Any, allowed: tuple[int, ...] | None) -> None:

@@ -136,7 +136,7 @@ def dropout_add_layer_norm(
     input, residual, weight, bias = OP.cast(input, residual, weight, bias)
     D = check_normalized("dropout_add_layer_norm", input, normalized_shape, weight, bias)
     check_residual("dropout_add_layer_norm", input, residual)
-    check_share("dropout_add_layer_norm", p)
+    dropout.check_share("dropout_add_layer_norm", p)
     if not training or p == 0 or input.numel() == 0:
         plain = (input, residual, weight, bias, D, eps)
         return add_norm.RULE(*plain, backend=OP.pick(add_norm.RULE, backend, *plain))[:2]
@@ -161,18 +161,13 @@ def dropout_add_rms_norm(
     """
     D = check_normalized("dropout_add_rms_norm", input, normalized_shape, weight)
     check_residual("dropout_add_rms_norm", input, residual)
-    check_share("dropout_add_rms_norm", p)
+    dropout.check_share("dropout_add_rms_norm", p)
     eps = rms_norm.epsilon(input, eps)
     if not training or p == 0 or input.numel() == 0:
         plain = (input, residual, weight, D, eps)
         return add_norm.RMS_RULE(*plain, backend=RMS_OP.pick(add_norm.RMS_RULE, backend, *plain))[:2]
     args = (input, residual, weight, randomness.draw_seed(input), float(p), D, eps)
     return RMS_RULE(*args, backend=RMS_OP.pick(RMS_RULE, backend, *args))[:2]
-
-
-def check_share(op: str, p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"{op}: p={p}; the probability of an element to be dropped lies between 0 and 1")
 
 
 def reference(input, residual, normalized_shape, weight=None, bias=None, p=0.5, training=True, eps=1e-5):

@@ -67,18 +67,20 @@ def test_dimensions(device, rule, lead, shape):
 
 
 NEEDS = [(True, True, True, True), (True, False, False, False), (False, True, True, False), (False, False, True, True)]
+GIVEN = [("dy",), ("ds",), ("dy", "ds"), ("ds", "dr"), ("dm",), ("dy", "ds", "dm", "dr")]
+CALLS = [  # rms has neither b nor m
+    (rule, N, need, given)
+    for rule, needs, givens in (
+        (op.RULE, [*NEEDS, (False, False, False, True)], GIVEN),
+        (op.RMS_RULE, NEEDS, [g for g in GIVEN if g != ("dm",)]),
+    )
+    for N, chosen in ((65, needs), (norms.HELD + 7, NEEDS[:2]))  # the others are as for short rows
+    for need, given in product(chosen, givens)
+]
 
 
-@each
-@pytest.mark.parametrize("N", [65, norms.HELD + 7])
-@pytest.mark.parametrize("need", [*NEEDS, (False, False, False, True)], ids=str)
-@pytest.mark.parametrize(
-    "given", [("dy",), ("ds",), ("dy", "ds"), ("ds", "dr"), ("dm",), ("dy", "ds", "dm", "dr")], ids="+".join
-)
+@pytest.mark.parametrize("rule, N, need, given", CALLS, ids=str)
 def test_what_is_given_and_needed(device, rule, N, need, given):
-    flows = rule is op.RULE or (any(need[:3]) and any(g in ("dy", "ds", "dr") for g in given))
-    if not flows or (N > norms.HELD and need not in NEEDS[:2]):  # those are as for short rows
-        return
     x, a, w, b = (normal(*s, device=device, seed=k) for k, s in enumerate(((2, N), (2, N), (N,), (N,))))
     run(rule, x, a, w, b, need=need, **{name: None for name in ("dy", "ds", "dm", "dr") if name not in given})
 

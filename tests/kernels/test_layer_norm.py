@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import DTYPES, LAYOUTS, both_rules, double, each_dtype, near, normal
+from fused import DTYPES, GIVEN_AND_NEEDED, LAYOUTS, both_rules, double, each_dtype, near, normal
 
 import bptoolkit as bp
 from bptoolkit.ops.layer_norm import RULE
@@ -85,24 +85,12 @@ def test_dimensions(device, lead, shape):
     run(x, w, b, len(shape), eps=0.1)
 
 
-@pytest.mark.parametrize("w", [True, False], ids=["weight", "-"])
-@pytest.mark.parametrize("b", [True, False], ids=["bias", "-"])
-@pytest.mark.parametrize(
-    "need", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)], ids=str
-)
+@pytest.mark.parametrize("w, b, need", GIVEN_AND_NEEDED, ids=str)
 @pytest.mark.parametrize("cotangents", [(True, False, False), (True, True, True), (False, True, False), (False, False, True)])
 def test_what_is_given_and_needed(device, w, b, need, cotangents):
-    need = (need[0], need[1] and w, need[2] and b)
-    if any(need):
-        x = normal(37, 65, device=device)
-        run(
-            x,
-            normal(65, device=device, seed=4) if w else None,
-            normal(65, device=device, seed=5) if b else None,
-            1,
-            need=need,
-            **{name: None for name, given in zip(("dy", "dm", "dr"), cotangents) if not given},
-        )
+    w, b = (normal(65, device=device, seed=k) if given else None for k, given in ((4, w), (5, b)))
+    left_out = {name: None for name, given in zip(("dy", "dm", "dr"), cotangents) if not given}
+    run(normal(37, 65, device=device), w, b, 1, need=need, **left_out)
 
 
 @pytest.mark.parametrize("of_dy", LAYOUTS)
