@@ -188,10 +188,10 @@ def host(run: Any) -> None:
             theirs = timing.host(lambda peer=peer, case=case: peer(*case.args, **case.kwargs))
         run.ledger.add("host", name, "ok", ours_us=ours, torch_us=theirs, more_us=ours - theirs)
     for _ in run.todo("host", ["new batch sizes"]):
-        from bptoolkit.triton_kernels import layer_norm as file
+        from bptoolkit.triton_kernels.norms import forward_kernel
 
         def compiled() -> int:
-            caches = getattr(file.forward_kernel, "device_caches", {})
+            caches = getattr(forward_kernel, "device_caches", {})
             return sum(len(c[0]) for c in caches.values())
 
         counts = []

@@ -185,8 +185,6 @@ def test_a_compiled_function_follows_the_device():
     """Inside interpret() and outside, one compiled function runs the rules of where it is called: nothing is baked in."""
     if "interpreter" not in DEVICES:
         pytest.skip("Triton is not installed")
-    from bptoolkit.triton_kernels import layer_norm as file
-
     torch._dynamo.reset()
     graphs = []
 
@@ -204,4 +202,4 @@ def test_a_compiled_function_follows_the_device():
     for inside in (True, False, True):
         with interpreting() if inside else nullcontext():
             torch.testing.assert_close(f(x), F.layer_norm(x, (N,)))
-    assert [str(file.FORWARD) in g for g in graphs] == [True, False]
+    assert ["bptoolkit.triton_norm.default" in g for g in graphs] == [True, False]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from bptoolkit.triton_kernels import aot, cli
+from bptoolkit.triton_kernels import aot, cli, norms
 from bptoolkit.triton_kernels import layer_norm as file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_the_record_is_true(stem):
 def test_the_gate_sees_faults(part):
     """A tile that is too large for its registers, addresses of which nothing is known, too little shared memory, no dot."""
     target = aot.TARGETS[part]
-    spec = next(s for s in file.specs(target.warp) if s.kernel is file.backward_kernel)
+    spec = next(s for s in file.specs(target.warp) if s.kernel is norms.backward_kernel)
     good = aot.compile_for(spec, target)
     large = spec._replace(constants={**spec.constants, "BM": 1, "BN": 32768}, warps=4)
     assert "spill" in str(aot.problems(large, target, aot.compile_for(large, target)))
@@ -86,7 +86,7 @@ def test_the_key_follows_all_of_a_kernel(monkeypatch):
             (spec._replace(stages=2), target),
             (spec._replace(constants={**spec.constants, "BM": 2}), target),
             (spec._replace(aligned=()), target),
-            (spec._replace(kernel=file.backward_kernel), target),
+            (spec._replace(kernel=norms.backward_kernel), target),
         )
     }
     assert len(keys) == 7 and aot.key(spec, target) in keys

@@ -12,6 +12,7 @@ from fused import DTYPES, GIVEN_AND_NEEDED, LAYOUTS, both_rules, double, each_dt
 import bptoolkit as bp
 from bptoolkit.ops.layer_norm import RULE
 from bptoolkit.triton_kernels import layer_norm as file
+from bptoolkit.triton_kernels import norm_operators, norms
 
 
 def run(x, w, b, D, *, need=(True, True, True), eps=1e-5, **cotangents):
@@ -22,7 +23,7 @@ def run(x, w, b, D, *, need=(True, True, True), eps=1e-5, **cotangents):
 SIZES = [
     *product((1, 31, 32, 33, 97, 200), (33, 64)),
     *product((1, 2, 7, 9), (1000, 1024, 1025)),
-    *product((1, 5), (31, 32, file.HELD)),
+    *product((1, 5), (31, 32, norms.HELD)),
     *product((3, 2049, 6200), (1,)),
 ]
 
@@ -32,7 +33,7 @@ def test_sizes(device, M, N):
     run(normal(M, N, device=device), normal(N, device=device, seed=4), normal(N, device=device, seed=5), 1)
 
 
-LONG = [(1, file.HELD + 1), (5, 3 * file.LONG_TILE), (1, 4 * file.LONG_TILE - 1)]
+LONG = [(1, norms.HELD + 1), (5, 3 * norms.LONG_TILE), (1, 4 * norms.LONG_TILE - 1)]
 
 
 @pytest.mark.parametrize("M, N", LONG)
@@ -46,14 +47,14 @@ def test_long_rows(device, M, N, of_dy):
 @pytest.mark.parametrize("count", [20, 1000])
 def test_long_rows_on_many_programs(device, monkeypatch, count):
     """Several for one tile of columns, which add up their parts of dw and db; never more than there are tiles of rows."""
-    monkeypatch.setattr(file, "programs", lambda device, warps: count)
-    N = file.HELD + 1
+    monkeypatch.setattr(norm_operators, "programs", lambda device, warps: count)
+    N = norms.HELD + 1
     run(normal(9, N, device=device), normal(N, device=device, seed=4), normal(N, device=device, seed=5), 1)
 
 
 def test_the_longest_row(device):
     """Forward alone: the interpreter takes its time."""
-    x = normal(1, file.LONGEST, device=device)
+    x = normal(1, norms.LONGEST, device=device)
     y, _, r = file.KERNEL.forward(x, None, None, 1, 1e-5)
     want, _, r64 = RULE.forward(x.double(), None, None, 1, 1e-5)
     near(y, want, x.dtype)
@@ -63,7 +64,7 @@ def test_the_longest_row(device):
 @pytest.mark.parametrize("cotangents", [(True, False, True), (False, True, False), (False, False, True)])
 @pytest.mark.parametrize("need", [(True, True, False), (False, False, True)], ids=str)
 def test_long_rows_of_which_not_all_is_given_and_needed(device, need, cotangents):
-    N = file.HELD + 7
+    N = norms.HELD + 7
     w, b = (normal(N, device=device, seed=k) if k == 4 or need[2] else None for k in (4, 5))
     left_out = {name: None for name, given in zip(("dy", "dm", "dr"), cotangents) if not given}
     run(normal(2, N, device=device), w, b, 1, need=need, **left_out)
@@ -71,7 +72,7 @@ def test_long_rows_of_which_not_all_is_given_and_needed(device, need, cotangents
 
 @each_dtype
 @pytest.mark.parametrize("parameters", ["same", "float32", "none"])
-@pytest.mark.parametrize("M, N", [(33, 65), (5, 1024), (1, file.HELD + 5)])
+@pytest.mark.parametrize("M, N", [(33, 65), (5, 1024), (1, norms.HELD + 5)])
 def test_dtypes(device, dtype, parameters, M, N):
     """Without parameters too: beside float32 ones a half tensor that is not upcast on loading would be so by promotion."""
     w, b = (normal(N, dtype=DTYPES.get(parameters, dtype), device=device, seed=k) for k in (4, 5))
@@ -116,7 +117,7 @@ def test_zero_sizes(device, shape, D):
     assert dx.shape == x.shape and dw.shape == db.shape == w.shape and not dw.any() and not db.any()
 
 
-@pytest.mark.parametrize("N", [300, file.HELD + 1000])
+@pytest.mark.parametrize("N", [300, norms.HELD + 1000])
 def test_large_mean(device, N):
     """The variance is that of x − mean, not the mean of squares less the square of the mean, which would be off by a tenth."""
     x = normal(4, N, device=device) + 1000
@@ -130,13 +131,13 @@ def test_large_mean(device, N):
 
 def test_rows_of_steps(device):
     """Means that differ from tile to tile are part of the variance."""
-    N = file.HELD + 3000
+    N = norms.HELD + 3000
     x = normal(2, N, device=device) + 100 * (torch.arange(N, device=device) // 4000)
     run(x, None, None, 1, need=(True, False, False))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("N", [20, file.HELD + 20])
+@pytest.mark.parametrize("N", [20, norms.HELD + 20])
 def test_one_row_of_nan(device, N, bad):
     """It stays in its row, though other rows share its tile."""
     x = normal(6, N, device=device)
@@ -196,14 +197,14 @@ def test_module(device):
 
 def test_tensors_that_require_grad_do_not_leak_a_graph(device):
     x = normal(3, 5, device=device).requires_grad_()
-    y = file.FORWARD(x, None, None, 1, 1e-5)[0]
+    y = norm_operators.FORWARD(x, None, None, None, None, 0.0, 1, 1e-5, True)[0]
     assert y.grad_fn is None or "NotImplemented" in y.grad_fn.name() or "WarnNotImplemented" in y.grad_fn.name()
 
 
 def test_what_the_kernel_cannot_take(device):
     """By name it raises and says why; "auto" runs the eager rule."""
     f = bp.functional.layer_norm
-    wide = normal(2, file.LONGEST + 1, device=device)
+    wide = normal(2, norms.LONGEST + 1, device=device)
     fine = normal(2, 3, device=device)
 
     class Own(torch.Tensor):
@@ -211,7 +212,7 @@ def test_what_the_kernel_cannot_take(device):
 
     for reason, x in (
         ("computes in float32, not float64", fine.double()),
-        (f"a row of {file.LONGEST + 1} elements is too long", wide),
+        (f"a row of {norms.LONGEST + 1} elements is too long", wide),
         ("takes plain tensors, not Own", fine.as_subclass(Own)),
     ):
         with pytest.raises(ValueError, match=f"layer_norm: backend='triton' cannot run here: .*{reason}"):

@@ -9,7 +9,7 @@ from fused import normal
 
 import bptoolkit as bp
 from bptoolkit import kernels
-from bptoolkit.triton_kernels import aot, interpret
+from bptoolkit.triton_kernels import aot, interpret, norm_operators, norms
 from bptoolkit.triton_kernels import layer_norm as file
 
 
@@ -38,13 +38,13 @@ def test_interpret_leaves_nothing_behind(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     def compiled():
-        return [type(f) for f in (triton.language.sum, file.forward_kernel, file.backward_kernel)] == [JITFunction] * 3
+        return [type(f) for f in (triton.language.sum, norms.forward_kernel, norms.backward_kernel)] == [JITFunction] * 3
 
     with interpret():
         with interpret():
             file.KERNEL.forward(normal(2, 3), None, None, 1, 1e-5)
         assert kernels.INTERPRETING and compiled() and not triton.knobs.runtime.interpret
-        monkeypatch.setattr(file, "tile", lambda N, warp: (1, 3, 4))  # not a power of two
+        monkeypatch.setattr(norm_operators, "tile", lambda N, warp: (1, 3, 4))  # not a power of two
         with pytest.raises(triton.runtime.errors.InterpreterError, match="power of 2"):
             file.KERNEL.forward(normal(2, 3), None, None, 1, 1e-5)
     assert not kernels.INTERPRETING and compiled() and not triton.knobs.runtime.interpret
