@@ -9,7 +9,7 @@ Source    Hendrycks & Gimpel, arXiv 1606.08415 (gelu, silu); Shoeybi et al., "Me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -113,9 +113,9 @@ def bias_activation(input: Tensor, bias: Tensor, activation: str = "gelu", *, ba
     return RULE(input, bias, activation, backend=OP.pick(RULE, backend, input, bias, activation))
 
 
-def check_activation(op: str, activation: str, known: dict[str, Callable[[Tensor], Tensor]]) -> None:
+def check_activation(op: str, activation: str | None, known: Collection[str | None]) -> None:
     """Raise unless the activation is one of those that are known."""
-    if not isinstance(activation, str) or activation not in known:
+    if activation not in tuple(known):
         raise ValueError(f"{op}: activation={activation!r} is not known; choose from {', '.join(map(repr, known))}")
 
 

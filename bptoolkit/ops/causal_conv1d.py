@@ -23,6 +23,7 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule, unwatched
 from bptoolkit.op import LOW, Op
 from bptoolkit.ops.activation import silu_slope
+from bptoolkit.ops.bias_activation import check_activation
 from bptoolkit.precision import wide
 
 
@@ -133,9 +134,7 @@ def causal_conv1d(
     """
     x, weight, bias, initial_states = OP.cast(x, weight, bias, initial_states)
     OP.check(x, weight, bias, initial_states)
-    if activation not in ACTIVATIONS:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"causal_conv1d: activation={activation!r} is not known; choose from {known}")
+    check_activation("causal_conv1d", activation, ACTIVATIONS)
     K = weight.shape[1]
     if K < 1:
         raise ValueError(f"causal_conv1d: weight has shape {tuple(weight.shape)}; a kernel needs at least one element")
@@ -180,9 +179,7 @@ class CausalConv1d(nn.Conv1d):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"CausalConv1d: activation={activation!r} is not known; choose from {known}")
+        check_activation("CausalConv1d", activation, ACTIVATIONS)
         options: dict[str, Any] = {"groups": channels, "padding": kernel_size - 1, "bias": bias}
         super().__init__(channels, channels, kernel_size, **options, device=device, dtype=dtype)
         self.activation = activation

@@ -15,7 +15,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,12 +23,11 @@ from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
 from bptoolkit.op import LOW, Op
 from bptoolkit.ops import conv
-from bptoolkit.ops.activation import gelu_slope, gelu_tanh_slope, relu_backward, silu_slope
+from bptoolkit.ops.activation import relu_backward
+from bptoolkit.ops.bias_activation import FUNCTIONS, chain, check_activation
 from bptoolkit.precision import wide
 
-FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-SLOPES = {"silu": silu_slope, "gelu": gelu_slope, "gelu_tanh": gelu_tanh_slope}
-ACTIVATIONS = ("relu", *FUNCTIONS)
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 
 
 def relu_forward(x, w, b, stride, padding, dilation, tail, groups):
@@ -48,7 +46,7 @@ def forward(x, w, b, stride, padding, dilation, tail, groups, activation):
 def backward(dy, du, x, w, b, u, stride, padding, dilation, tail, groups, activation, need):
     dz = db = None
     if dy is not None:
-        dz = by_elements(lambda z, dy: (wide(dy) * SLOPES[activation](wide(z))).to(dy.dtype), biased(u, b), dy)  # N O Y
+        dz = by_elements(lambda z, dy: chain(wide(dy), wide(z), activation).to(dy.dtype), biased(u, b), dy)  # N O Y
         db = wide(dz).sum((0, 2, 3)).to(dy.dtype) if need.b else None  # O
     return *convolution_gradients(dz, du, x, w, stride, padding, dilation, tail, groups, need), db
 
@@ -124,9 +122,7 @@ def conv2d_activation(
             known, or the named backend cannot run the call.
         TypeError: the tensors are not of one floating-point dtype.
     """
-    if activation not in ACTIVATIONS:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"conv2d_activation: activation={activation!r} is not known; choose from {known}")
+    check_activation("conv2d_activation", activation, ACTIVATIONS)
     args = conv.arguments(OP, input, weight, bias, stride, padding, dilation, groups)
     if activation == "relu":
         y = RELU_RULE(*args, backend=OP.pick(RELU_RULE, backend, *args))
@@ -145,9 +141,7 @@ class ConvActivation2d(conv.Conv2d):
 
     def __init__(self, *args: Any, activation: str = "relu", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if activation not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"ConvActivation2d: activation={activation!r} is not known; choose from {known}")
+        check_activation("ConvActivation2d", activation, ACTIVATIONS)
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
@@ -159,7 +153,7 @@ class ConvActivation2d(conv.Conv2d):
 
 def reference(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation="relu"):
     z = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return torch.relu(z) if activation == "relu" else FUNCTIONS[activation](z)
+    return FUNCTIONS[activation](z)
 
 
 def case(draw: Draw) -> Case:

@@ -187,7 +187,7 @@ def test_large_scores(device):
     ramp = torch.linspace(-40, 40, 70, device=device)[None, :, None].repeat(1, 1, 8)
     q, v = normal(1, 20, 8, device=device).abs(), normal(1, 70, 8, device=device)
     for k in (ramp, ramp.flip(1)):
-        run_of(q, k, v, errors=400)
+        run_of(q, k, v, errors=400)  # an error of one rounding in a score of up to 300 is 300 roundings in its exponential
 
 
 def test_probabilities_of_large_scores_sum_to_one(device):
@@ -203,7 +203,7 @@ def test_probabilities_of_large_scores_sum_to_one(device):
 
 def test_the_shipped_tiles(device, monkeypatch):
     monkeypatch.undo()
-    run(130, 70, 64, B=(1,), window=CAUSAL, dtype=torch.float16, errors=1 << 13, device=device)
+    run(130, 70, 64, B=(1,), window=CAUSAL, dtype=torch.float16, errors=1 << 13, device=device)  # P in float16
 
 
 def test_the_public_function(device):

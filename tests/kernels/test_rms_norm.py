@@ -29,7 +29,9 @@ SIZES = [
 
 @pytest.mark.parametrize("M, N", SIZES)
 def test_sizes(device, M, N):
-    run(normal(M, N, device=device), normal(N, device=device, seed=4), 1, errors=64)  # sums over rows cancel
+    run(
+        normal(M, N, device=device), normal(N, device=device, seed=4), 1, errors=64
+    )  # of dw, a sum of up to 200 rows, of either sign
 
 
 @each_dtype
