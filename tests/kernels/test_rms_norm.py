@@ -29,9 +29,8 @@ SIZES = [
 
 @pytest.mark.parametrize("M, N", SIZES)
 def test_sizes(device, M, N):
-    run(
-        normal(M, N, device=device), normal(N, device=device, seed=4), 1, errors=64
-    )  # of dw, a sum of up to 200 rows, of either sign
+    errors = 64  # of dw, which is a sum of up to 200 rows, of either sign
+    run(normal(M, N, device=device), normal(N, device=device, seed=4), 1, errors=errors)
 
 
 @each_dtype
