@@ -23,7 +23,7 @@ evidence: $(READY)  ## every planted fault and correct twin, three seeds: about 
 gpu:  ## on a machine with a GPU: every kernel and op, then speed and memory; results in $OUT, or benchmarks/results
 	$(PYTHON) benchmarks/gpu.py --out "$${OUT:-benchmarks/results}" --resume benchmarks/results
 
-kernels: $(READY)  ## compile every kernel that has changed, and all of its tests in the interpreter: half an hour on two cores
+kernels: $(READY)  ## compile every kernel that has changed, and all of its tests in the interpreter: long
 	$(BIN)/python -m bptoolkit kernels --record benchmarks/results/kernels.json --markdown docs/kernels.md
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PYTEST_ARGS) tests/kernels
 
