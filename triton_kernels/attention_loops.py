@@ -101,6 +101,20 @@ def scores(
     return s, t
 
 
+@triton.jit
+def columns_of(part: tl.constexpr, begin, full, full_end, end, SPLIT: tl.constexpr):
+    """Where a part's loop begins and ends: an edge, what no edge cuts, the other edge; or all of it."""
+    if not SPLIT:
+        j1, j2 = begin, end
+    elif part == 0:
+        j1, j2 = begin, full
+    elif part == 1:
+        j1, j2 = full, full_end
+    else:
+        j1, j2 = full_end, end
+    return j1, j2
+
+
 @triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
 def forward_kernel(
     q, k, v, m, slopes, lengths, o, lse, top, l, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
@@ -131,14 +145,7 @@ def forward_kernel(
     Z = tl.zeros((BM,), tl.float32)
     begin, full, full_end, end = seen_by(i0, BM, BN, length, left, right, shift)
     for part in tl.static_range(3 if SPLIT else 1):
-        if not SPLIT:
-            j1, j2 = begin, end
-        elif part == 0:
-            j1, j2 = begin, full
-        elif part == 1:
-            j1, j2 = full, full_end
-        else:
-            j1, j2 = full_end, end
+        j1, j2 = columns_of(part, begin, full, full_end, end, SPLIT)
         if part > 0 or left is not None or not SPLIT:
             for j0 in range(j1, j2, BN):
                 K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
@@ -218,14 +225,7 @@ def rows_kernel(
         F = tl.zeros((BM,), tl.float32)
         begin, full, full_end, end = seen_by(i0, BM, BN, length, left, right, shift)
         for part in tl.static_range(3 if SPLIT else 1):
-            if not SPLIT:
-                j1, j2 = begin, end
-            elif part == 0:
-                j1, j2 = begin, full
-            elif part == 1:
-                j1, j2 = full, full_end
-            else:
-                j1, j2 = full_end, end
+            j1, j2 = columns_of(part, begin, full, full_end, end, SPLIT)
             if part > 0 or left is not None or not SPLIT:
                 for j0 in range(j1, j2, BN):
                     K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
