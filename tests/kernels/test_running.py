@@ -53,3 +53,39 @@ def test_interpret_leaves_nothing_behind(monkeypatch):
     target = aot.TARGETS["sm_80"]
     spec = file.specs(target.warp)[0]
     assert not aot.problems(spec, target, aot.compile_for(spec, target))
+
+
+def test_out_of_memory_leaves_no_state_behind(monkeypatch):
+    """Whichever allocation of batch_norm's forward fails, the running statistics stay; then, with memory, it runs and is right."""
+    from bptoolkit.triton_kernels import batch_norm
+
+    x, running, plain = normal(6, 3, 5), (torch.zeros(3), torch.ones(3)), batch_norm.torch
+
+    class Scarce:
+        left = 0
+
+        def __getattr__(self, name):
+            return getattr(plain, name)
+
+        def empty(self, *args, **kw):
+            self.left -= 1
+            if self.left < 0:
+                raise torch.OutOfMemoryError("no memory is left")
+            return plain.empty(*args, **kw)
+
+    scarce = Scarce()
+    monkeypatch.setattr(batch_norm, "torch", scarce)
+    failures = 0
+    while True:
+        scarce.left = failures
+        try:
+            with interpret():
+                y = bp.functional.batch_norm(x, *running, training=True, backend="triton")
+            break
+        except torch.OutOfMemoryError:
+            failures += 1
+        assert not kernels.INTERPRETING and torch.equal(running[0], torch.zeros(3)) and torch.equal(running[1], torch.ones(3))
+    assert failures >= 5  # y, m, r and the new statistics at least
+    mean, var = torch.zeros(3), torch.ones(3)
+    torch.testing.assert_close(y, F.batch_norm(x, mean, var, training=True))
+    torch.testing.assert_close(running, (mean, var))
