@@ -56,7 +56,7 @@ def test_interpret_leaves_nothing_behind(monkeypatch):
 
 
 def test_out_of_memory_leaves_no_state_behind(monkeypatch):
-    """Whichever allocation of batch_norm's forward fails, the running statistics stay; with memory it then runs, and is right."""
+    """Whichever allocation of batch_norm's forward fails, the running statistics stay; with memory it then runs."""
     from bptoolkit.triton_kernels import batch_norm
 
     x, running, plain = normal(6, 3, 5), (torch.zeros(3), torch.ones(3)), batch_norm.torch
