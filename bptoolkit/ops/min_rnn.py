@@ -83,19 +83,18 @@ def forward_outputs(x, h0, w, b, lengths, reverse, kind, activation):
 def backward_gates(dh, dpre, x, h0, w, lengths, reverse, kind, activation, h, pre, need):
     P = wide(pre)
     u, m = _gate(P, kind)
-    keep, z = _standing((-u).sigmoid(), lengths), u.sigmoid()
-    dh0 = None
-    if dh is None:
-        da = torch.zeros_like(P)
-    else:
+    keep, dh0, da = _standing((-u).sigmoid(), lengths), None, torch.zeros_like(pre)
+    if dh is not None:
         g = scan(keep, wide(within(dh, lengths)), None, not reverse, True)
         if need.h0:
             dh0 = (_first(keep, reverse, h0) * _first(g, reverse, torch.zeros_like(h0))).to(h0.dtype)
+        if not (need.x or need.w or need.b):
+            return None, dh0, None, None, None
+        z = u.sigmoid()
         gz = within(g, lengths) * z
         du = (gz * _activation(m, activation) - z * within(times_before(h0, h, g, lengths, reverse), lengths)) * (1 - z)
         blocks = [du] if kind == "min_gru" else [-du * (-P.chunk(3, -1)[0]).sigmoid(), du * (-P.chunk(3, -1)[1]).sigmoid()]
-        da = torch.cat([*blocks, gz * _slope(m, activation)], -1)  # T B GH
-    da = da.to(pre.dtype)
+        da = torch.cat([*blocks, gz * _slope(m, activation)], -1).to(pre.dtype)  # T B GH
     if dpre is not None:
         da = da + dpre
     dx = within(da @ w, lengths) if need.x else None  # T B I
@@ -109,6 +108,18 @@ def backward_outputs(dh, x, h0, w, b, lengths, reverse, kind, activation, h, nee
     return backward_gates(dh, None, x, h0, w, lengths, reverse, kind, activation, h, pre, need)
 
 
+def _gates_kernel():
+    from bptoolkit.triton_kernels.min_rnn import GATES
+
+    return GATES
+
+
+def _outputs_kernel():
+    from bptoolkit.triton_kernels.min_rnn import OUTPUTS
+
+    return OUTPUTS
+
+
 _INPUTS, _SCAN = "x h0 w b lengths", "h0 lengths h pre"
 GATES = Rule(
     "min_rnn_gates",
@@ -117,8 +128,9 @@ GATES = Rule(
     inputs=_INPUTS,
     outputs="h pre",
     uses={"x": f"{_SCAN} w", "h0": "h0 lengths pre", "w": f"{_SCAN} x", "b": _SCAN},
+    kernel=_gates_kernel,
 )
-OUTPUTS = Rule("min_rnn_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="h")
+OUTPUTS = Rule("min_rnn_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="h", kernel=_outputs_kernel)
 
 # --- the public functions -------------------------------------------------------------------------------------------------
 
