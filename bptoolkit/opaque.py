@@ -44,8 +44,11 @@ class Opaque:
             the batch (see `batched`); or "leading" if the loop takes any leading dimensions; or None: one call per sample.
         vjp: `vjp(cotangents, need, *args)` -> a gradient or None per tensor of args, or None to derive it. A cotangent may be
             None. `need` is a list of bools, one per tensor.
-        jvp: `jvp(tangents, *args)` -> the outputs' tangents; or None to derive it by transposing the vjp.
+        jvp: `jvp(tangents, *args)` -> the outputs' tangents; or None to derive it by transposing the vjp. It may return
+            NotImplemented for a call: then it is derived.
         fast: the same function as `loop`, free to work in place; the operator runs it, while derivatives are those of `loop`.
+        fast_vjp: the same function as `vjp`, or as autograd of `loop`, free to work in place; the vjp's operator runs it. It
+            may return NotImplemented for a call.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class Opaque:
         vjp: Callable[..., Any] | None = None,
         jvp: Callable[..., Any] | None = None,
         fast: Callable[..., Any] | None = None,
+        fast_vjp: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.loop, self.fake, self.vmap, self.hand_vjp, self.hand_jvp = name, loop, fake, vmap, vjp, jvp
+        self.fast_vjp = fast_vjp
         schema = torch.library.infer_schema(loop, mutates_args=())
         self.op = _define(name, schema, fast or loop, fake, self._vmap)
         arguments = self.op._schema.arguments
@@ -123,7 +128,13 @@ class Opaque:
         return grads
 
     def _vjp_kernel(self, cotangents: Any, need: Any, *args: Any) -> list[Tensor]:
-        if self.hand_vjp is not None:
+        grads: Any = NotImplemented
+        if self.fast_vjp is not None and not _legacy_batched((*cotangents, *args)):
+            with _differentiating():
+                grads = self.fast_vjp(cotangents, need, *args)
+        if grads is not NotImplemented:
+            pass
+        elif self.hand_vjp is not None:
             grads = self.hand_vjp(cotangents, need, *args)
         else:
             grads = self._autograd_vjp(cotangents, need, *args)
@@ -131,11 +142,8 @@ class Opaque:
         return [like.new_empty(0) if g is None else g.contiguous() for g in grads]
 
     def _autograd_vjp(self, cotangents: Any, need: Any, *args: Any) -> list[Tensor | None]:
-        """The vjp by autograd of the loop, inside the operator: whatever dispatch keys the caller excluded are restored."""
-        keys = torch._C.DispatchKeySet
-        include = keys(torch._C.DispatchKey.BackendSelect) | keys(torch._C.DispatchKey.ADInplaceOrView)
-        exclude = keys(torch._C.DispatchKey.AutocastCPU) | keys(torch._C.DispatchKey.AutocastCUDA)
-        with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        """The vjp by autograd of the loop, inside the operator."""
+        with _differentiating(), torch.enable_grad():
             tensors = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(args, need)]
             out = self.loop(*tensors, *args[self.tensors :])
             pairs = zip((out,) if self.single else out, cotangents)
@@ -174,6 +182,14 @@ class Opaque:
         else:
             out = per_sample(call, info.batch_size, flat_dims, flat)
         return list(out), [0] * len(out)
+
+
+def _differentiating() -> Any:
+    """Inside an operator, what makes autograd work: whatever dispatch keys the caller excluded are restored."""
+    keys = torch._C.DispatchKeySet
+    include = keys(torch._C.DispatchKey.BackendSelect) | keys(torch._C.DispatchKey.ADInplaceOrView)
+    exclude = keys(torch._C.DispatchKey.AutocastCPU) | keys(torch._C.DispatchKey.AutocastCUDA)
+    return torch._C._ForceDispatchKeyGuard(include, exclude)
 
 
 def front(t: Any, dim: int | None, batch: int) -> Any:
@@ -240,7 +256,9 @@ def _function(opaque: Opaque) -> type[torch.autograd.Function]:
             refuse_nested_forward_mode(opaque.name)
             args = (*primals(ctx.saved_tensors), *ctx.options)
             if opaque.hand_jvp is not None:
-                return opaque.hand_jvp(tangents[:n], *args)
+                out = opaque.hand_jvp(tangents[:n], *args)
+                if out is not NotImplemented:
+                    return out
             need = [t is not None for t in tangents[:n]]
             zeros = [torch.zeros(s, dtype=d, device=v) for s, d, v in ctx.like]
 

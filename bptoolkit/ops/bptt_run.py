@@ -24,6 +24,7 @@ from bptoolkit.opaque import Opaque
 from bptoolkit.ops.bptt import Windows, factors, seeds_of, truncation, windows
 from bptoolkit.ops.bptt_pieces import Core, Job, added, behind, go_back, kept_by_forward, of_empty, plan_of, run_plan
 from bptoolkit.ops.bptt_plan import check_saving, every
+from bptoolkit.ops.bptt_second import in_segments, symmetric
 from bptoolkit.ops.recurrent import before, last, within
 
 INPUTS = "x h0 c0 wi wh b bh wr lengths s"
@@ -130,7 +131,33 @@ def backward_operator(core: Core) -> Opaque:
     def fake(dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, y, H, C, G, need, reverse, memory, k1, k2, p, cut):
         return tuple(x.new_empty(t.shape if n else (0,)) for t, n in zip((x, h0, c0, wi, wh, b, bh, wr), need))
 
-    return Opaque(f"{core.name}_again", plainly, fake, fast=quickly)
+    def second(cotangents, need, *args):
+        dy, dcn, x, h0, c0, *weights, lengths, s, _, _, _, _, asked, reverse, _, k1, _, _, cut = args
+        v = [c if a else None for c, a in zip(cotangents, asked)]
+        if not symmetric(s, k1, cut) or any(need[2 + PARTS :]) or all(t is None for t in v) or not x.shape[0]:
+            return NotImplemented
+        job = Job(core, within(x, lengths), tuple(weights), lengths, reverse, None, False)
+        found = in_segments(core, v, _need(need[2 : 2 + PARTS]), any(need[:2]), job, _or_zeros(dy, x, h0), dcn, h0, c0)
+        return [*(g if n else None for g, n in zip(found, need)), *[None] * (len(need) - 2 - PARTS)]
+
+    def push(tangents, *args):
+        dy, dcn, s, k1, cut, asked = args[0], args[1], args[11], args[-4], args[-1], args[16]
+        ddy, ddcn, *others = tangents[: 2 + PARTS]
+        if not symmetric(s, k1, cut):
+            return NotImplemented
+        out = None
+        if ddy is not None or ddcn is not None:
+            zero = torch.zeros_like(dcn) if ddcn is None and dcn is not None else ddcn
+            out = again(torch.zeros_like(dy) if ddy is None and dy is not None else ddy, zero, *args[2:])
+        if any(t is not None for t in others):
+            need = [False, False, *asked, *(False,) * 6]
+            more = again.vjp(others, need, *args[:16], [t is not None for t in others], *args[17:])[2 : 2 + PARTS]
+            more = [t if t is not None else args[2].new_empty(0) for t in more]
+            out = more if out is None else [a + b for a, b in zip(out, more)]
+        return tuple(out)
+
+    again = Opaque(f"{core.name}_again", plainly, fake, fast=quickly, fast_vjp=second, jvp=push)
+    return again
 
 
 class _Need(NamedTuple):

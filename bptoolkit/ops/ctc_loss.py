@@ -42,10 +42,10 @@ from bptoolkit.precision import wide
 def loop(y: Tensor, skip: Tensor, start: Tensor) -> Tensor:
     """p from y: *V T N L; skip is 0 where a state is reached from the last but one, start where a path begins, else −∞."""
     L, a, ps = y.shape[-1], start, []
-    for t in range(y.shape[-3]):
+    for yt in y.unbind(-3):
         one, two = (F.pad(a, (k, 0), value=-inf).narrow(-1, 0, L) for k in (1, 2))
         p = log_sum(torch.stack((two + skip, one, a)))  # *V N L
-        a = p + y.select(-3, t)
+        a = p + yt
         ps.append(p)
     return torch.stack(ps, -3)
 

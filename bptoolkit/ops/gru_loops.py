@@ -17,7 +17,7 @@ from bptoolkit.opaque import Opaque
 from bptoolkit.ops.bptt import slack
 from bptoolkit.ops.bptt_pieces import Core
 from bptoolkit.ops.bptt_run import rules
-from bptoolkit.ops.recurrent import CHUNK, before, carry, folded, order, over_time, valid, within
+from bptoolkit.ops.recurrent import CHUNK, before, carry, each, folded, order, over_time, valid, within
 
 # --- the loops ------------------------------------------------------------------------------------------------------------
 
@@ -32,11 +32,10 @@ def loop(
 def truncated(pre, h0, wh, bh, lengths, xi, reverse, keep, cut):
     """`loop`, with `slack` on what a step takes from the one before."""
     T, h = pre.shape[-3], h0
-    keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    xis: Any = [None] * T if xi is None else xi.unbind(-3)
-    ys, gs = [pre] * T, [pre] * T
+    keeps, xis = each(None if lengths is None else valid(T, lengths), T), each(xi, T)
+    pres, ys, gs = pre.unbind(-3), [pre] * T, [pre] * T
     for t in order(T, reverse):
-        ar, az, an = pre.select(-3, t).chunk(3, -1)
+        ar, az, an = pres[t].chunk(3, -1)
         u, hp = slack(h, xis[t], cut) @ wh.mT, slack(h, xis[t])  # *V B 3H
         ur, uz, q = (u if bh is None else u + bh).chunk(3, -1)
         r, z = (ar + ur).sigmoid(), (az + uz).sigmoid()
@@ -92,25 +91,24 @@ def bptt(
 ) -> tuple[Tensor, Tensor]:
     """The gradients da and dh0 from the cotangents of y and G, which are zero past a row's length."""
     T, hp = G.shape[-3], slack(before(h0, y, lengths, reverse), xi)
-    xis: Any = [None] * T if xi is None else xi.unbind(-3)
-    keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
+    keeps, xis = each(None if lengths is None else valid(T, lengths), T), each(xi, T)
     r, z, q, n = G.chunk(4, -1)
     # the local derivatives, for all steps at once: the loop holds the carry only
     kn, kz, kr = within((1 - z) * (1 - n * n), lengths), (hp - n) * z * (1 - z), q * r * (1 - r)
-    slope = None
+    slope: Any = None, None
     if dG is not None:
         dr, dz, dq, dn = dG.chunk(4, -1)
         slope = dn * (1 - n * n), torch.cat([dr * r * (1 - r), dz * z * (1 - z), dq], -1)
     dh, das = torch.zeros_like(h0), [G] * T  # *V B H
+    dys, rs, zs, kns, kzs, krs, of_a, of_u = (each(s, T) for s in (dy, r, z, kn, kz, kr, *slope))
     for t in order(T, reverse)[::-1]:
-        dht = dh if dy is None else dh + dy.select(-3, t)
-        rt, zt, knt, kzt, krt = (k.select(-3, t) for k in (r, z, kn, kz, kr))
-        an = dht * knt if slope is None else dht * knt + slope[0].select(-3, t)
-        rzq = torch.cat([an * krt, dht * kzt, an * rt], -1)  # *V B 3H
-        if slope is not None:
-            rzq = rzq + slope[1].select(-3, t)
+        dht = dh if dys[t] is None else dh + dys[t]
+        an = dht * kns[t] if of_a[t] is None else dht * kns[t] + of_a[t]
+        rzq = torch.cat([an * krs[t], dht * kzs[t], an * rs[t]], -1)  # *V B 3H
+        if of_u[t] is not None:
+            rzq = rzq + of_u[t]
         das[t] = torch.cat([an, rzq], -1)  # *V B 4H
-        sent = dht * zt if cut else dht * zt + rzq @ wh
+        sent = dht * zs[t] if cut else dht * zs[t] + rzq @ wh
         dh = carry(keeps[t], sent if xis[t] is None else sent * xis[t], dh)
     return torch.stack(das, -3), dh
 

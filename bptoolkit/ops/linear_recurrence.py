@@ -41,10 +41,9 @@ def loop(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) ->
     """hₜ = aₜ hₜ₋₁ + bₜ: *V T B N; with `shift`, hₜ = aₜ₋₁ hₜ₋₁ + bₜ. Without h0 the first h is b."""
     T, h = b.shape[-3], h0
     off = (1 if reverse else -1) if shift else 0
-    hs = [b] * T
+    As, Bs, hs = a.unbind(-3), b.unbind(-3), [b] * T
     for t in order(T, reverse):
-        bt = b.select(-3, t)
-        hs[t] = h = bt if h is None else torch.addcmul(bt, a.select(-3, t + off), h)
+        hs[t] = h = Bs[t] if h is None else torch.addcmul(Bs[t], As[t + off], h)
     return torch.stack(hs, -3) if T else b.clone()
 
 

@@ -6,8 +6,6 @@ Letters   see `recurrent`; *V dimensions that vmap adds; G the four gates i f g 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +15,7 @@ from bptoolkit.opaque import Opaque
 from bptoolkit.ops.bptt import slack
 from bptoolkit.ops.bptt_pieces import Core
 from bptoolkit.ops.bptt_run import rules
-from bptoolkit.ops.recurrent import CHUNK, before, carry, folded, order, over_time, valid, within
+from bptoolkit.ops.recurrent import CHUNK, before, carry, each, folded, order, over_time, valid, within
 
 # --- the loops ------------------------------------------------------------------------------------------------------------
 
@@ -32,11 +30,10 @@ def loop(
 def truncated(pre, h0, c0, wh, wr, lengths, xi, reverse, keep, cut):
     """`loop`, with `slack` on what a step takes from the one before."""
     T, h, c = pre.shape[-3], h0, c0
-    keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    xis: Any = [None] * T if xi is None else xi.unbind(-3)
-    ys, cs, gs = [pre] * T, [pre] * T, [pre] * T
+    keeps, xis = each(None if lengths is None else valid(T, lengths), T), each(xi, T)
+    pres, ys, cs, gs = pre.unbind(-3), [pre] * T, [pre] * T, [pre] * T
     for t in order(T, reverse):
-        i, f, g, o = (pre.select(-3, t) + slack(h, xis[t], cut) @ wh.mT).chunk(4, -1)
+        i, f, g, o = (pres[t] + slack(h, xis[t], cut) @ wh.mT).chunk(4, -1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         c = carry(keeps[t], f * slack(c, xis[t]) + i * g, c)
         m = o * c.tanh()
@@ -101,8 +98,7 @@ def bptt(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients da, dh0 and dc0 from the cotangents of y, c and the gates; past a row's length all are zero."""
     T = G.shape[-3]
-    keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    xis: Any = [None] * T if xi is None else xi.unbind(-3)
+    keeps, xis = each(None if lengths is None else valid(T, lengths), T), each(xi, T)
     i, f, g, o = G.chunk(4, -1)
     tc, cp = c.tanh(), slack(before(c0, c, lengths, reverse), xi)
     # the local derivatives, for all steps at once: the loop holds the carries only
@@ -110,17 +106,18 @@ def bptt(
     slope = None if dG is None else dG * torch.cat([i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)], -1)
     dct = torch.zeros_like(c[..., 0, :, :])  # *V B H
     dh, das = c.new_zeros(*dct.shape[:-1], wh.shape[-1]), [G] * T  # *V B P
+    dys, dcs, slopes, kis, kfs, kgs, kos, kcs, fs = (each(s, T) for s in (dy, dc, slope, ki, kf, kg, ko, kc, f))
     for t in order(T, reverse)[::-1]:
-        dht = dh if dy is None else dh + dy.select(-3, t)
+        dht = dh if dys[t] is None else dh + dys[t]
         dm = dht if wr is None else dht @ wr
-        dcn = dct + dm * kc.select(-3, t)
-        if dc is not None:
-            dcn = dcn + dc.select(-3, t)
-        da = torch.cat([dcn * k.select(-3, t) for k in (ki, kf, kg)] + [dm * ko.select(-3, t)], -1)  # *V B 4H
-        if slope is not None:
-            da = da + slope.select(-3, t)
+        dcn = dct + dm * kcs[t]
+        if dcs[t] is not None:
+            dcn = dcn + dcs[t]
+        da = torch.cat([dcn * kis[t], dcn * kfs[t], dcn * kgs[t], dm * kos[t]], -1)  # *V B 4H
+        if slopes[t] is not None:
+            da = da + slopes[t]
         das[t] = da
-        sent, kept = torch.zeros_like(dh) if cut else da @ wh, dcn * f.select(-3, t)
+        sent, kept = torch.zeros_like(dh) if cut else da @ wh, dcn * fs[t]
         if xis[t] is not None:
             sent, kept = sent * xis[t], kept * xis[t]
         dh, dct = carry(keeps[t], sent, dh), carry(keeps[t], kept, dct)

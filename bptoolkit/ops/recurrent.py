@@ -69,6 +69,11 @@ def carry(keep: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if keep is None else torch.where(keep, new, old)
 
 
+def each(t: Tensor | None, T: int) -> Any:
+    """The steps of a sequence *V T B ·, or T times None. (A select per step would make autograd's backward quadratic in T.)"""
+    return [None] * T if t is None else t.unbind(-3)
+
+
 def over_time(a: Tensor, b: Tensor) -> Tensor:
     """Σₜ Σ_b aₜ bₜᵀ, one product over all steps: T B M, T B N -> M N."""
     n = a.shape[0] * a.shape[1]

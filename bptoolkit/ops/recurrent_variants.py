@@ -39,7 +39,7 @@ from bptoolkit import randomness
 from bptoolkit.blocks import by_rows
 from bptoolkit.function import Rule
 from bptoolkit.opaque import Opaque
-from bptoolkit.ops.recurrent import before, carry, folded, order, over_time, valid, within
+from bptoolkit.ops.recurrent import before, carry, each, folded, order, over_time, valid, within
 from bptoolkit.precision import wide
 
 # --- masks ----------------------------------------------------------------------------------------------------------------
@@ -162,22 +162,17 @@ def loop(
 ) -> tuple[Tensor, Tensor]:
     """The outputs y and the cells c from pre = N(Wi kx x) + b: *V T B 4H; p, gh, gc and bc are *V 1 ·."""
     T, h, c, wt = pre.shape[-3], h0, c0, wh.mT
-    keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    ys, cs = [pre] * T, [pre] * T
+    keeps = each(None if lengths is None else valid(T, lengths), T)
+    pres, kgs, zhs, zcs, ys, cs = pre.unbind(-3), *(each(s, T) for s in (kg, zh, zc)), [pre] * T, [pre] * T
     for t in order(T, reverse):
         v = times(h, kh) @ wt  # *V B 4H
         if gh is not None:
             v = normal(v, eps)[0] * gh
-        _, _, _, o, cn, tu = cell(pre.select(-3, t) + v, c, p, gc, bc, at(kg, t), eps)
-        h = carry(keeps[t], mixed(at(zh, t), eh, o * tu, h), h)
-        c = carry(keeps[t], mixed(at(zc, t), ec, cn, c), c)
+        _, _, _, o, cn, tu = cell(pres[t] + v, c, p, gc, bc, kgs[t], eps)
+        h = carry(keeps[t], mixed(zhs[t], eh, o * tu, h), h)
+        c = carry(keeps[t], mixed(zcs[t], ec, cn, c), c)
         ys[t], cs[t] = h, c
     return within(torch.stack(ys, -3), lengths), within(torch.stack(cs, -3), lengths)
-
-
-def at(t: Tensor | None, k: int) -> Tensor | None:
-    """A step of a sequence, or None."""
-    return None if t is None else t.select(-3, k)
 
 
 def loop_fake(pre, h0, c0, *_):
@@ -212,19 +207,20 @@ def bptt(
     are n and r of the N of Wh h and of ĉ. du comes back empty without the latter.
     """
     T, H = K.shape[-3], h0.shape[-1]
-    keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
+    keeps = each(None if lengths is None else valid(T, lengths), T)
     pi, pf, po = (None, None, None) if p is None else p.chunk(3, -1)
     dh, dct, das, dus = torch.zeros_like(h0), torch.zeros_like(h0), [K] * T, [K] * T  # *V B H
+    Ks, dys, dcs, zhs, zcs, cns, crs, vns, vrs = (each(s, T) for s in (K, dy, dc, zh, zc, cn, cr, vn, vr))
     for t in order(T, reverse)[::-1]:
-        k, ku, f = K.select(-3, t).split((4 * H, H, H), -1)
-        dhn, dh_old = split(at(zh, t), eh, plus(dh, at(dy, t)))
-        dcn, dc_old = split(at(zc, t), ec, plus(dct, at(dc, t)))
+        k, ku, f = Ks[t].split((4 * H, H, H), -1)
+        dhn, dh_old = split(zhs[t], eh, plus(dh, dys[t]))
+        dcn, dc_old = split(zcs[t], ec, plus(dct, dcs[t]))
         du = dhn * ku
-        dcn = dcn + (du if gc is None else normal_vjp(du * gc, at(cn, t), at(cr, t)))  # type: ignore[arg-type]
+        dcn = dcn + (du if gc is None else normal_vjp(du * gc, cns[t], crs[t]))
         if po is not None:
             dcn = dcn + po * (dhn * k[..., 3 * H :])
         da = torch.cat([dcn, dcn, dcn, dhn], -1) * k  # *V B 4H
-        dv = da if gh is None else normal_vjp(da * gh, at(vn, t), at(vr, t))  # type: ignore[arg-type]
+        dv = da if gh is None else normal_vjp(da * gh, vns[t], vrs[t])
         dc_new = plus(dcn * f, dc_old)
         if pi is not None and pf is not None:
             ai, af, _, _ = da.chunk(4, -1)

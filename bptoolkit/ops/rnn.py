@@ -32,6 +32,7 @@ from bptoolkit.ops.recurrent import (
     Layout,
     before,
     carry,
+    each,
     folded,
     last,
     options_of,
@@ -53,11 +54,10 @@ def loop(pre: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None, reverse: b
 
 def truncated(pre, h0, wh, lengths, xi, reverse, nonlinearity, cut):
     """`loop`, with `slack` on what a step takes from the one before."""
-    T, h, ys = pre.shape[-3], h0, [pre] * pre.shape[-3]
-    keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
-    xis: Any = [None] * T if xi is None else xi.unbind(-3)
+    T, h, pres, ys = pre.shape[-3], h0, pre.unbind(-3), [pre] * pre.shape[-3]
+    keeps, xis = each(None if lengths is None else valid(T, lengths), T), each(xi, T)
     for t in order(T, reverse):
-        a = pre.select(-3, t) + slack(h, xis[t], cut) @ wh.mT
+        a = pres[t] + slack(h, xis[t], cut) @ wh.mT
         ys[t] = h = carry(keeps[t], a.tanh() if nonlinearity == "tanh" else a.relu(), h)
     return within(torch.stack(ys, -3), lengths)
 
@@ -95,9 +95,9 @@ def bptt(
     xis: Any = [None] * T if xi is None else xi.unbind(-3)
     keeps = [None] * T if lengths is None else valid(T, lengths).unbind(-3)
     k = within(1 - y * y if nonlinearity == "tanh" else (y > 0).to(y.dtype), lengths)
-    dh, das = torch.zeros_like(h0), [y] * T
+    dh, das, dys, ks = torch.zeros_like(h0), [y] * T, dy.unbind(-3), k.unbind(-3)
     for t in order(T, reverse)[::-1]:
-        das[t] = da = (dh + dy.select(-3, t)) * k.select(-3, t)  # *V B H
+        das[t] = da = (dh + dys[t]) * ks[t]  # *V B H
         sent = torch.zeros_like(dh) if cut else da @ wh
         dh = carry(keeps[t], sent if xis[t] is None else sent * xis[t], dh)
     return torch.stack(das, -3), dh
