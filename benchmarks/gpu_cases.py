@@ -145,6 +145,14 @@ def linear_recurrence(T: int, B: int, N: int) -> Make:
     return make
 
 
+def min_rnn(blocks: int, T: int, B: int, H: int) -> Make:
+    def make(d: Draw, toy: int) -> Case:
+        T_, B_, H_ = toyed(T, toy * toy), toyed(B, toy), toyed(H, toy)
+        return Case((d.tensor(T_, B_, H_), None, [d.tensor(blocks * H_, H_, scale=H_**-0.5), d.tensor(blocks * H_)]), {})
+
+    return make
+
+
 def attention(L: int, E: int, causal: bool) -> Make:
     def make(d: Draw, toy: int) -> Case:
         shape = toyed(16384 // L, toy), toyed(16, toy), toyed(L, toy), toyed(E, 4 if toy > 1 else 1)
@@ -200,5 +208,7 @@ CASES: Mapping[str, Mapping[str, Make]] = {
         "4096 steps": linear_recurrence(4096, 8, 2048),
         "65536 steps of 64 elements": linear_recurrence(65536, 1, 64),
     },
+    "min_gru": {"1024 steps": min_rnn(2, 1024, 32, 1024)},
+    "min_lstm": {"1024 steps": min_rnn(3, 1024, 32, 1024)},
 }
 """Ops that share a kernel with one that is here (softmin, dropout2d ...) need no row of their own."""

@@ -54,7 +54,7 @@ def along(f: Callable[..., Any], values: Sequence[Any], tangents: Sequence[Any])
 
 def in_segments(
     core: Core, v: Sequence[Any], need: Any, outputs: bool, job: Job, dy: Tensor, dcn: Any, h0: Any, c0: Any
-) -> Any:
+) -> tuple[Any, ...]:
     """The vjp of backward at the cotangents v of x, h0, c0 and the weights.
 
     Args:

@@ -83,7 +83,7 @@ def forward_outputs(x, h0, w, b, lengths, reverse, kind, activation):
 def backward_gates(dh, dpre, x, h0, w, lengths, reverse, kind, activation, h, pre, need):
     P = wide(pre)
     u, m = _gate(P, kind)
-    keep, dh0, da = _standing((-u).sigmoid(), lengths), None, torch.zeros_like(pre)
+    keep, dh0, da = _standing((-u).sigmoid(), lengths), None, None
     if dh is not None:
         g = scan(keep, wide(within(dh, lengths)), None, not reverse, True)
         if need.h0:
@@ -95,8 +95,7 @@ def backward_gates(dh, dpre, x, h0, w, lengths, reverse, kind, activation, h, pr
         du = (gz * _activation(m, activation) - z * within(times_before(h0, h, g, lengths, reverse), lengths)) * (1 - z)
         blocks = [du] if kind == "min_gru" else [-du * (-P.chunk(3, -1)[0]).sigmoid(), du * (-P.chunk(3, -1)[1]).sigmoid()]
         da = torch.cat([*blocks, gz * _slope(m, activation)], -1).to(pre.dtype)  # T B GH
-    if dpre is not None:
-        da = da + dpre
+    da = dpre if da is None else da if dpre is None else da + dpre
     dx = within(da @ w, lengths) if need.x else None  # T B I
     dw = over_time(da, within(x, lengths)) if need.w else None  # GH I
     db = da.sum((0, 1)) if need.b else None  # GH
