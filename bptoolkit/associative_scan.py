@@ -18,13 +18,16 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from bptoolkit.function import Rule, in_graph
+from bptoolkit.choose import State, choose
+from bptoolkit.function import _RULES, Rule, in_graph
+from bptoolkit.op import pick
 from bptoolkit.scan_loops import named, names
 
 _KEYS = itertools.count(1)
@@ -40,6 +43,8 @@ def associative_scan(
     *,
     reverse: bool = False,
     vjp: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None,
+    kernel: Callable[[], tuple[Any, Any]] | None = None,
+    backend: str = "auto",
 ) -> Any:
     """All prefixes of the elements along a dimension, combined by an associative operator, at logarithmic depth.
 
@@ -51,13 +56,20 @@ def associative_scan(
         reverse: from the last element to the first: left is then the later one.
         vjp: `vjp(dout, left, right) -> (dleft, dright)`, all built as the elements are: the operator's backward. With it, the
             scan's backward is a scan of logarithmic depth too, which keeps the elements and the result alone. None: autograd.
+        kernel: a function of module level that returns fn and vjp as `triton.jit` functions, when they are used. With it there is
+            a fused walk over the steps, forward and backward, in float32 registers. left, right and dout are tuples of values
+            there, in the order of the elements' tensors, or for one tensor a value; each element is combined by itself, so the
+            tensors have one shape. It needs vjp beside it.
+        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
         The prefixes, built as the elements are. As a differentiable function it is as fn, or vjp, is.
 
     Raises:
-        TypeError: elements are not tensors, or fn or vjp returns something built otherwise or of another dtype.
-        ValueError: sizes along dim differ, dim is out of range, or fn or vjp returns another shape.
+        TypeError: elements are not tensors, fn or vjp returns something built otherwise or of another dtype, or kernel returns
+            no such pair, or is there without vjp.
+        ValueError: sizes along dim differ, dim is out of range, fn or vjp returns another shape, or the named backend cannot
+            run the call.
 
     Example:
         >>> import torch, bptoolkit as bp
@@ -78,18 +90,22 @@ def associative_scan(
     for t, d in zip(xs, dims):
         if t.shape[d] != T:
             raise ValueError(f"associative_scan: dimension {dim} is {T} and {t.shape[d]} in {[tuple(x.shape) for x in xs]}")
+    if kernel is not None and vjp is None:
+        raise TypeError("associative_scan: kernel needs vjp beside it, for what the fused kernel cannot take")
     if T < 2:
         return elements
     if reverse:
         xs = [t.flip(d) for t, d in zip(xs, dims)]
     if vjp is None:
-        ys = _Operator(fn, None, spec, dims).scan(xs)
+        choose(State(backend, "forward", False, False, False, False, None), "associative_scan")
+        ys = _Operator(fn, None, spec, dims, None).scan(xs)
     else:
         if torch.compiler.is_compiling():
-            operator: Any = _key_of(fn, vjp, None if isinstance(elements, Tensor) else _flat_length(elements), dims)
+            operator: Any = _key_of(fn, vjp, None if isinstance(elements, Tensor) else _flat_length(elements), dims, kernel)
         else:
-            operator = _Operator(fn, vjp, spec, dims)
-        out = in_graph(_rule_of(len(xs)), "eager", *xs, operator)
+            operator = _Operator(fn, vjp, spec, dims, kernel)
+        rule = _rule_of(len(xs))
+        out = in_graph(rule, _pick(rule, backend, *xs, operator), *xs, operator)
         ys = [out] if len(xs) == 1 else list(out)
     return tree_unflatten([y.flip(d) for y, d in zip(ys, dims)] if reverse else ys, spec)
 
@@ -97,8 +113,8 @@ def associative_scan(
 class _Operator:
     """The operator and its vjp on lists of tensors, checked; the recursions."""
 
-    def __init__(self, fn: Any, vjp: Any, spec: Any, dims: tuple[int, ...]) -> None:
-        self.fn, self.hand_vjp, self.spec, self.dims = fn, vjp, spec, dims
+    def __init__(self, fn: Any, vjp: Any, spec: Any, dims: tuple[int, ...], kernel: Any) -> None:
+        self.fn, self.hand_vjp, self.spec, self.dims, self.kernel = fn, vjp, spec, dims, kernel
 
     def combine(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
         return self._read("fn", self.fn(self._built(left), self._built(right)), right)
@@ -205,23 +221,35 @@ def _rule_of(n: int) -> str:
         named(backward, [*("d" + y for y in ys), *xs, *ys, "operator"]),
         inputs=" ".join(xs),
         outputs=" ".join(ys),
+        kernel=lambda: _kernel(n),
     )
     _RULE_OF[n] = rule.name
     return rule.name
+
+
+def _pick(rule: str, backend: str, *args: Any) -> str:
+    return pick("associative_scan", _RULES[rule], backend, *args)
+
+
+@cache
+def _kernel(n: int) -> Any:
+    from bptoolkit.triton_kernels.associative_scan import of_operator
+
+    return of_operator(n, _operator)
 
 
 def _operator(given: Any) -> _Operator:
     return _KEPT[given] if isinstance(given, int) else given
 
 
-def _key_of(fn: Any, vjp: Any, length: int | None, dims: tuple[int, ...]) -> int:
+def _key_of(fn: Any, vjp: Any, length: int | None, dims: tuple[int, ...], kernel: Any) -> int:
     """The number of an operator, for a graph."""
     known = _BY_FUNCTIONS.setdefault(fn, {})
-    if (vjp, length, dims) not in known:
+    if (vjp, length, dims, kernel) not in known:
         spec = tree_flatten(torch.zeros(()) if length is None else tuple(torch.zeros(length)))[1]
-        known[vjp, length, dims] = key = next(_KEYS)
-        _KEPT[key] = _Operator(fn, vjp, spec, dims)
-    return known[vjp, length, dims]
+        known[vjp, length, dims, kernel] = key = next(_KEYS)
+        _KEPT[key] = _Operator(fn, vjp, spec, dims, kernel)
+    return known[vjp, length, dims, kernel]
 
 
 for _constant in (_key_of, _rule_of):  # Dynamo calls them while it traces, and takes what they return for a constant

@@ -99,10 +99,15 @@ class Op:
         Raises:
             ValueError: the backend is not known, or was asked for by name and cannot run.
         """
-        if backend == "eager" or (backend == "auto" and (rule.kernel is None or not kernels.runs_on(args[0].device.type))):
-            return "eager"  # as choose() says; most calls end here
-        on_device = rule.kernel is not None and all(kernels.runs_on(t.device.type) for t in args if isinstance(t, Tensor))
-        unsupported = kernels.unsupported(rule, *args) if on_device else None
-        watched = _transforms_active() or forward_ad._current_level >= 0
-        state = State(backend, "forward", rule.kernel is not None, on_device, watched, False, unsupported)
-        return choose(state, self.name).rule
+        return pick(self.name, rule, backend, *args)
+
+
+def pick(name: str, rule: Rule, backend: str, *args: Any) -> str:
+    """`Op.pick`, for what is not an op of the catalogue; `name` is named in the errors."""
+    if backend == "eager" or (backend == "auto" and (rule.kernel is None or not kernels.runs_on(args[0].device.type))):
+        return "eager"  # as choose() says; most calls end here
+    on_device = rule.kernel is not None and all(kernels.runs_on(t.device.type) for t in args if isinstance(t, Tensor))
+    unsupported = kernels.unsupported(rule, *args) if on_device else None
+    watched = _transforms_active() or forward_ad._current_level >= 0
+    state = State(backend, "forward", rule.kernel is not None, on_device, watched, False, unsupported)
+    return choose(state, name).rule

@@ -41,9 +41,10 @@ class Spec(NamedTuple):
     Attributes:
         label: what it is, for tables.
         kernel: the `triton.jit` function.
-        types: argument -> its type ("*bf16", "i32", "fp32"); an argument that is left out is a constant.
-        constants: argument -> its value; None for a pointer that is not given, 1 for the stride of dense rows.
-        aligned: the arguments that 16 divides, which is what lets loads be 16 bytes wide.
+        types: argument -> its type ("*bf16", "i32", "fp32", or a tuple of them); an argument that is left out is a constant.
+        constants: argument -> its value; None for a pointer that is not given, 1 for the stride of dense rows. (argument, k) is
+            the k-th of a tuple.
+        aligned: the arguments that 16 divides, which is what lets loads be 16 bytes wide; (argument, k) likewise.
         warps: the number of warps.
         stages: how many loads of a loop are under way at a time.
         dot: the kernel has a matrix product, which must come out as a tensor-core instruction.
@@ -52,9 +53,9 @@ class Spec(NamedTuple):
 
     label: str
     kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    aligned: tuple[str, ...]
+    types: Mapping[str, Any]
+    constants: Mapping[Any, Any]
+    aligned: tuple[Any, ...]
     warps: int
     stages: int = 3
     dot: bool = False
@@ -107,12 +108,16 @@ def compile_for(spec: Spec, target: Target) -> Usage:
     from triton.compiler import ASTSource
 
     names = spec.kernel.arg_names
+
+    def place(of: Any) -> tuple[int, ...]:
+        return (names.index(of[0]), of[1]) if isinstance(of, tuple) else (names.index(of),)
+
     compiled = triton.compile(
         ASTSource(
             fn=spec.kernel,
             signature={name: spec.types.get(name, "constexpr") for name in names},
-            constexprs={name: spec.constants[name] for name in names if name not in spec.types},
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
+            constexprs={place(of): value for of, value in spec.constants.items() if of not in spec.types},
+            attrs={place(of): [["tt.divisibility", 16]] for of in spec.aligned},
         ),
         target=GPUTarget(target.backend, target.arch, target.warp),
         options={"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True},
@@ -141,7 +146,13 @@ def key(spec: Spec, target: Target) -> str:
     """A hash of what a compilation depends on: the kernel's source and that of what it calls, types, constants, versions."""
     import triton
 
-    said = (_source(spec.kernel, set()), sorted(spec.types.items()), sorted(spec.constants.items(), key=str), spec.aligned)
+    functions = [spec.kernel, *(value for value in spec.constants.values() if hasattr(value, "fn"))]
+    said = (
+        "".join(_source(f, set()) for f in functions),
+        sorted(spec.types.items()),
+        sorted(spec.constants.items(), key=str),
+        spec.aligned,
+    )
     everything = repr((said, spec.warps, spec.stages, target, triton.__version__))
     return hashlib.sha256(everything.encode()).hexdigest()[:16]
 

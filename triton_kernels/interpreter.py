@@ -15,6 +15,8 @@ from typing import Any
 
 from bptoolkit import kernels
 
+ALSO: set[str] = set()  # modules outside this package that have functions of a kernel
+
 
 @contextmanager
 def interpret() -> Iterator[None]:
@@ -45,7 +47,8 @@ def launch(launcher: Callable[..., Any], *args: Any) -> Any:
     from triton.runtime.jit import JITFunction
 
     core = triton.language.core
-    modules = [m for name, m in list(sys.modules.items()) if name.startswith(("triton.language", __package__ + "."))]
+    ours = ("triton.language", __package__ + ".")
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith(ours) or name in ALSO]
     classes = [core.tensor, core.tensor_descriptor_base, core.dtype, core.condition]
     # The interpreter patches all of these. It restores what a kernel patched, but not what a function in a kernel did.
     before = [(space, dict(vars(space))) for space in (*modules, *classes)]
@@ -55,7 +58,7 @@ def launch(launcher: Callable[..., Any], *args: Any) -> Any:
         for module in modules:
             for name, f in list(vars(module).items()):
                 if isinstance(f, JITFunction):
-                    setattr(module, name, _interpreted(f.fn))
+                    setattr(module, name, interpreted(f))
         return launcher(*args)
     finally:
         knobs.runtime.interpret = interpreting
@@ -63,6 +66,11 @@ def launch(launcher: Callable[..., Any], *args: Any) -> Any:
             for name, value in names.items():
                 if vars(space).get(name) is not value:
                     setattr(space, name, value)
+
+
+def interpreted(f: Any) -> Any:
+    """The interpreted form of a `triton.jit` function."""
+    return _interpreted(f.fn)  # a hash of f itself would be one of all that it calls
 
 
 @cache

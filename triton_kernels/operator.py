@@ -32,7 +32,7 @@ def operator(
     """
 
     def on_gpu(*args: Any) -> Any:
-        first = next(t for t in args if isinstance(t, Tensor))
+        first = next(t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor))
         with torch._C._AutoDispatchBelowAutograd(), torch.cuda.device_of(first):
             return launcher(*args)
 
