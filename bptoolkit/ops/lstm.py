@@ -71,6 +71,18 @@ def backward_outputs(dy, dc, x, h0, c0, wi, wh, b, wr, lengths, reverse, y, c, n
     return backward_gates(dy, dc, None, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, within(G, lengths), need)
 
 
+def _gates_kernel():
+    from bptoolkit.triton_kernels.lstm import GATES
+
+    return GATES
+
+
+def _outputs_kernel():
+    from bptoolkit.triton_kernels.lstm import OUTPUTS
+
+    return OUTPUTS
+
+
 _INPUTS = "x h0 c0 wi wh b wr lengths"
 _BPTT = "c0 wh wr lengths c G"  # what the loop of backward uses
 _USES = {"x": "wi", "h0": "", "c0": "", "wi": "x", "wh": "h0 y", "b": "", "wr": ""}
@@ -81,8 +93,9 @@ GATES = Rule(
     inputs=_INPUTS,
     outputs="y c G",
     uses={letter: f"{_BPTT} {more}" for letter, more in _USES.items()},
+    kernel=_gates_kernel,
 )
-OUTPUTS = Rule("lstm_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="y c")
+OUTPUTS = Rule("lstm_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="y c", kernel=_outputs_kernel)
 
 
 # --- the public function and module -----------------------------------------------------------------------------------------

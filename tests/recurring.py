@@ -1,0 +1,203 @@
+"""What the tests of the recurrent kernels share: drawn calls, and each check, of a cell's rules along each path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from fused import LAYOUTS, both_rules, double, near, normal
+from torch import Tensor
+
+from bptoolkit import OPS
+from bptoolkit.triton_kernels import recurrent
+
+ERRORS = 64  # roundings of float32: a step adds some to those of the steps before
+each_path = pytest.mark.parametrize("way", recurrent.PATHS)
+
+
+class Cell(NamedTuple):
+    """A cell: its op, its rules, and the sizes of what they take."""
+
+    name: str
+    rules: tuple[Any, ...]
+    gates: int
+    states: int
+    biases: int = 1
+    rest: tuple[Any, ...] = ()  # inputs between the biases and the lengths
+    options: tuple[Any, ...] = ()  # after reverse
+
+
+def drawn(cell: Cell, device: str, T: int, B: int, I: int, H: int, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """x, the states, the weights and biases."""
+    rows = cell.gates * H
+
+    def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+        return (normal(*shape, device=device, seed=seed) * scale).to(dtype)
+
+    states = [draw(B, H, seed=k, scale=0.5) for k in range(1, 1 + cell.states)]
+    scale = max(H, 1) ** -0.5
+    weights = [draw(rows, n, seed=k, scale=scale) for k, n in ((3, I), (4, H))]
+    biases = [draw(rows, seed=k, scale=scale) for k in range(5, 5 + cell.biases)]
+    return [draw(T, B, I, seed=0), *states, *weights, *biases, *cell.rest]
+
+
+def ragged(device: str, T: int, B: int) -> Tensor:
+    """Lengths that are T, 0, 1, and in between."""
+    return torch.tensor([(T, 0, 1, T - 1, T // 2)[k % 5] for k in range(B)], device=device, dtype=torch.int64)
+
+
+SIZES = [  # either side of a tile of rows and units; more tiles than programs; a width that no tile has
+    (1, 1, 1, 1),
+    (2, 15, 2, 15),
+    (2, 16, 1, 16),
+    (2, 17, 2, 17),
+    (3, 2, 3, 33),
+    (2, 50, 1, 3),
+]
+
+
+def check_sizes(cell: Cell, device: str, way: str, T: int, B: int, I: int, H: int) -> None:
+    args = drawn(cell, device, T, B, I, H)
+    with recurrent.forced(way):
+        for k, rule in enumerate(cell.rules):
+            for lengths in (None, ragged(device, T, B))[k == H % 2 :]:
+                both_rules(rule, *args, lengths, (k + H + (lengths is None)) % 2 == 0, *cell.options, errors=ERRORS)
+
+
+def check_ways(cell: Cell, device: str, way: str, reverse: bool) -> None:
+    """Long enough for every kind of row, and without a bias."""
+    args = drawn(cell, device, 4, 5, 3, 5)
+    bare = [None if k in range(len(args) - cell.biases - len(cell.rest), len(args)) else t for k, t in enumerate(args)]
+    with recurrent.forced(way):
+        for rule in cell.rules:
+            both_rules(rule, *args, None, reverse, *cell.options, errors=ERRORS)
+            both_rules(rule, *bare, ragged(device, 4, 5), reverse, *cell.options, errors=ERRORS)
+
+
+def check_needs(cell: Cell, device: str, way: str, one: int) -> None:
+    """One gradient alone, and all but it."""
+    args, reverse = drawn(cell, device, 4, 3, 2, 5), one % 2 == 0
+    with recurrent.forced(way):
+        for rule in cell.rules:
+            given = [isinstance(t, Tensor) for t in args]
+            for need in ([k == one for k in range(len(args))], [g and k != one for k, g in enumerate(given)]):
+                both_rules(rule, *args, ragged(device, 4, 3), reverse, *cell.options, need=[*need, False], errors=ERRORS)
+
+
+def check_layouts(cell: Cell, device: str, way: str, of_sequence: str, of_weight: str) -> None:
+    """Strides of everything that is read."""
+    args = drawn(cell, device, 3, 3, 3, 3)
+    odd = [LAYOUTS[of_sequence](args[0])[:3]]
+    odd += [t if t is None else LAYOUTS[of_weight](t)[: len(t)] if t.dim() == 2 else t.repeat(2)[::2] for t in args[1:]]
+    dy = LAYOUTS[of_sequence](normal(3, 3, 3, device=device, seed=5))[:3]
+    lengths = ragged(device, 3, 6)[::2]
+    with recurrent.forced(way):
+        for k, rule in enumerate(cell.rules):
+            both_rules(rule, *odd, lengths, k == 0, *cell.options, cotangents={"dy": dy}, errors=ERRORS)
+            both_rules(rule, *odd, None, k == 1, *cell.options, cotangents={"dy": dy.transpose(0, 1)}, errors=ERRORS)
+
+
+def check_no_rows(cell: Cell, device: str, way: str) -> None:
+    for T, B, I, H in ((2, 0, 3, 2), (2, 3, 0, 2)):
+        for lengths in (None, ragged(device, T, B)):
+            with recurrent.forced(way):
+                for rule in cell.rules:
+                    both_rules(rule, *drawn(cell, device, T, B, I, H), lengths, True, *cell.options, errors=ERRORS)
+
+
+def check_past_a_length(cell: Cell, device: str, way: str, reverse: bool) -> None:
+    """What is there is not read."""
+    args, lengths = drawn(cell, device, 4, 4, 2, 3), torch.tensor([2, 0, 4, 1], device=device)
+    past = torch.arange(4, device=device)[:, None] >= lengths
+    args[0][past] = torch.nan
+    dy = normal(4, 4, 3, device=device, seed=5)
+    dy[past] = torch.nan
+    with recurrent.forced(way):
+        for rule in cell.rules:
+            cots = {"d" + o: dy for o in rule.outputs if o in ("y", "c")}
+            out, grads = both_rules(rule, *args, lengths, reverse, *cell.options, cotangents=cots, errors=ERRORS)
+            assert all(o.isfinite().all() for o in out) and all(g is None or g.isfinite().all() for g in grads)
+
+
+def check_rows_apart(cell: Cell, device: str, way: str) -> None:
+    """NaN and infinities in one row reach no other."""
+    args = drawn(cell, device, 4, 5, 2, 3)
+    args[0][1, 1, 0], args[0][2, 2, 1], args[1][3, 1] = torch.nan, torch.inf, torch.nan
+    with recurrent.forced(way):
+        for k, rule in enumerate(cell.rules):
+            out, (dx, *_) = both_rules(rule, *args, None, k == 1, *cell.options, errors=ERRORS)
+            assert out[0][:, [0, 4]].isfinite().all() and dx[:, [0, 4]].isfinite().all()
+
+
+def check_dtypes(cell: Cell, device: str, way: str, dtype: torch.dtype, reverse: bool) -> None:
+    """In float32 the float64 value rounded; in half no further from it than the eager rule's."""
+    args, lengths = drawn(cell, device, 4, 17, 3, 18, dtype), ragged(device, 4, 17)
+    with recurrent.forced(way):
+        for rule in cell.rules:
+            if dtype == torch.float32:
+                both_rules(rule, *args, lengths, reverse, *cell.options, errors=ERRORS)
+            else:
+                no_worse(rule, *args, lengths, reverse, *cell.options)
+
+
+def no_worse(rule: Any, *args: Any, share: float = 1.5) -> None:
+    """Outputs and gradients are of the eager rule's dtypes, and their errors at most `share` of its, or half a rounding."""
+    kernel, exact = rule.kernel(), double(args)
+    found = []
+    for forward, backward, given in (
+        (kernel.forward, kernel.backward, args),
+        (rule.forward, rule.backward, args),
+        (rule.forward, rule.backward, exact),
+    ):
+        out = forward(*given)
+        out = out if isinstance(out, tuple) else (out,)
+        cots = [normal(*o.shape, seed=7 + k, dtype=torch.float16, device=str(o.device)).to(o.dtype) for k, o in enumerate(out)]
+        cots = [c if letter in ("y", "c") else None for c, letter in zip(cots, rule.outputs)]
+        letters = dict(zip((*rule.inputs, *rule.outputs), (*given[: len(rule.inputs)], *out)))
+        need = rule.Need(*(isinstance(t, Tensor) and t.is_floating_point() for t in given[: len(rule.inputs)]))
+        pool = (*cots, *(letters[s] for s in rule.saved), *given[len(rule.inputs) :], need)
+        found.append((*out, *backward(*rule.arrange(pool))))
+    for k, (got, eager, want) in enumerate(zip(*found)):
+        assert (got is None) == (eager is None) == (want is None)
+        if got is not None and got.numel():
+            assert got.dtype == eager.dtype and got.shape == eager.shape
+            error, theirs = (float((t.double() - want).norm() / want.norm()) for t in (got, eager))
+            assert error <= share * theirs + 0.5 * torch.finfo(got.dtype).eps, (rule.name, k, error, theirs)
+
+
+def check_paths_agree(cell: Cell, device: str, args: Callable[[], list[Any]]) -> None:
+    """Along either path, the same to within rounding."""
+    for rule in cell.rules:
+        found = []
+        for way in recurrent.PATHS:
+            with recurrent.forced(way):
+                out = rule.kernel().forward(*args())
+                found.append(out if isinstance(out, tuple) else (out,))
+        for a, b in zip(*found):
+            near(a, b.double(), a.dtype, ERRORS)
+
+
+def check_second_order(cell: Cell, device: str, save: str, **kwargs: Any) -> None:
+    """Through the fused cell twice, beside the plain loop in float64: a penalty on its gradients."""
+    op = OPS[cell.name]
+    T, B, I, H, D = 4, 3, 2, 3, 2
+    sizes = [(cell.gates * H, I), (cell.gates * H, H), (cell.gates * H,), (cell.gates * H,)] * D
+    weights = [normal(*s, seed=k) * 0.5 for k, s in enumerate(sizes)]
+    hx = [normal(D, B, H, seed=20 + k) for k in range(cell.states)]
+    lengths = torch.tensor([4, 0, 2], device=device)
+
+    def run(fn: Callable[..., Any], dtype: torch.dtype, **more: Any) -> list[Tensor]:
+        leaves = [t.to(device, dtype).requires_grad_() for t in (normal(T, B, I), *hx, *weights)]
+        x, states, ws = leaves[0], leaves[1 : 1 + cell.states], leaves[1 + cell.states :]
+        y, last = fn(x, tuple(states) if cell.states > 1 else states[0], ws, bidirectional=True, lengths=lengths, **kwargs, **more)
+        last = last if isinstance(last, tuple) else (last,)
+        loss = (y * y).sum() + sum((s.sin()).sum() for s in last)
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        penalty = sum((g * g).sum() for g in grads)
+        return [*(g.detach() for g in grads), *torch.autograd.grad(penalty, leaves)]
+
+    got = run(op.call, torch.float32, save=save, backend="triton")
+    for g, w in zip(got, run(op.reference, torch.float64), strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4 * float(w.abs().max()))

@@ -1,0 +1,160 @@
+"""The LSTM over a whole sequence, both directions of time, forward and backward. For the maths see the op of this name, for the
+kernels `lstm_loops`, for the choice between them `recurrent`.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bptoolkit.ops import lstm as op
+from bptoolkit.ops.lstm_loops import products
+from bptoolkit.ops.recurrent import before, order, within
+from bptoolkit.triton_kernels.aot import Spec
+from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
+from bptoolkit.triton_kernels.lstm_loops import resident_back_kernel, resident_kernel, step_back_kernel, step_kernel
+from bptoolkit.triton_kernels.operator import operator
+from bptoolkit.triton_kernels.recurrent import at_start, fixed, path, rows_of, shipped, steps_of, stepwise
+
+# --- launches -------------------------------------------------------------------------------------------------------------
+
+
+def _launch_forward(
+    pre: Tensor, h0: Tensor, c0: Tensor, wh: Tensor, lengths: Tensor | None, reverse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _fake_forward(pre, h0, c0, wh, lengths, reverse, keep)
+    if not out[0].numel():
+        return out
+    (T, B, H), (pre, h0, c0, wh, lengths) = out[0].shape, map(dense, (pre, h0, c0, wh, lengths))  # type: ignore[assignment]
+    y, c, G = *out[:2], out[2] if keep else None
+    if path(H, pre.dtype) == "resident":
+        grid, launch = fixed(y, H, reverse)
+        resident_kernel[grid](pre, h0, c0, wh, lengths, y, c, G, T, B, **launch)
+        return out
+    state = torch.empty(B, H, dtype=y.dtype, device=y.device) if reverse and lengths is not None else None
+    u, h, w = torch.empty(B, 4 * H, dtype=y.dtype, device=y.device), h0, wh.mT
+    (grid, launch), ys = stepwise(y, H), y.unbind(0)
+    for t in order(T, reverse):
+        torch.mm(h, w, out=u)
+        step_kernel[grid](u, pre, h0, c0, lengths, y, c, G, state, t, T, B, H, reverse, **launch)
+        h = ys[t] if state is None else state
+    return out
+
+
+def _fake_forward(pre, h0, c0, wh, lengths, reverse, keep):
+    T, B, _ = pre.shape
+    shapes = ((T, B, h0.shape[-1]), (T, B, c0.shape[-1]), (T if keep else 0, B, pre.shape[-1]))
+    return tuple(torch.empty(shape, dtype=pre.dtype, device=pre.device) for shape in shapes)
+
+
+def _launch_backward(
+    dy: Tensor | None,
+    dc: Tensor | None,
+    G: Tensor,
+    c: Tensor,
+    c0: Tensor,
+    wh: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    raw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """da, dh0 and dc0. raw: G is before the gates' functions."""
+    da, dh0, dc0 = out = _fake_backward(dy, dc, G, c, c0, wh, lengths, reverse, raw)
+    if not da.numel():
+        return da, dh0.zero_(), dc0.zero_()
+    (T, B, H), (G, c, c0, wh, lengths) = c.shape, map(dense, (G, c, c0, wh, lengths))  # type: ignore[assignment]
+    dy, dc = rows_of(dy), rows_of(dc)
+    steps = (*steps_of(dy), *steps_of(dc))
+    if path(H, c.dtype) == "resident":
+        grid, launch = fixed(c, H, reverse)
+        resident_back_kernel[grid](dy, dc, G, c, c0, wh, lengths, *out, T, B, *steps, RAW=raw, **launch)
+        return out
+    sent = torch.empty(B, H, dtype=c.dtype, device=c.device).zero_()
+    z = torch.empty(B, H, dtype=torch.float32, device=c.device).zero_()
+    (grid, launch), das = stepwise(c, H), da.unbind(0)
+    for t in order(T, reverse)[::-1]:
+        step_back_kernel[grid](sent, dy, dc, G, c, c0, lengths, da, z, t, T, B, H, *steps, reverse, raw, **launch)
+        torch.mm(das[t], wh, out=sent)
+    if reverse and lengths is not None:
+        torch.mm(at_start(da, lengths, reverse), wh, out=sent)
+    return da, dh0.copy_(sent), dc0.copy_(z)
+
+
+def _fake_backward(dy, dc, G, c, c0, wh, lengths, reverse, raw):
+    return tuple(torch.empty(shape, dtype=c.dtype, device=c.device) for shape in (G.shape, c0.shape, c0.shape))
+
+
+def _flops(rows, wh):
+    return 2 * prod(rows) * prod(wh)
+
+
+FORWARD = operator(
+    "triton_lstm",
+    _launch_forward,
+    _fake_forward,
+    flops=lambda pre, h0, c0, wh, *_, out_shape=None: _flops(pre[:2], wh),
+)
+BACKWARD = operator(
+    "triton_lstm_backward",
+    _launch_backward,
+    _fake_backward,
+    flops=lambda dy, dc, G, c, c0, wh, *_, out_shape=None: _flops(c[:2], wh),
+)
+
+# --- the rules ------------------------------------------------------------------------------------------------------------
+
+
+def forward_gates(x, h0, c0, wi, wh, b, wr, lengths, reverse):
+    return FORWARD(F.linear(x, wi, b), h0, c0, wh, lengths, reverse, True)
+
+
+def forward_outputs(x, h0, c0, wi, wh, b, wr, lengths, reverse):
+    return FORWARD(F.linear(x, wi, b), h0, c0, wh, lengths, reverse, False)[:2]
+
+
+def backward_gates(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, G, need):
+    if dG is not None:  # second order only
+        return op.GATES.backward(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, G, need)
+    hp = before(h0, y, lengths, reverse) if need.wh else None
+    return _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, c, G, False, need)
+
+
+def backward_outputs(dy, dc, x, h0, c0, wi, wh, b, wr, lengths, reverse, y, c, need):
+    hp = before(h0, y, lengths, reverse)
+    G = F.linear(x, wi, b)  # T B 4H
+    G.view(-1, G.shape[-1]).addmm_(hp.reshape(-1, hp.shape[-1]), wh.mT)
+    return _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, c, G, True, need)
+
+
+def _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, c, G, raw, need):
+    da, dh0, dc0 = BACKWARD(dy, dc, G, c, c0, wh, lengths, reverse, raw)  # T B 4H, B H, B H
+    x = within(x, lengths) if need.wi else x
+    dx, dwi, dwh, db, _, _ = products(need, dy, da, x, hp, c, G, wi, wh, None, None, reverse, False)
+    return dx, dh0 if need.h0 else None, dc0 if need.c0 else None, dwi, dwh, db, None, None
+
+
+def unsupported(x, h0, c0, wi, wh, b, wr, lengths, reverse) -> str | None:
+    """Why the kernels cannot take the call, or None."""
+    return computed_in_float32(x) if wr is None else "the fused kernels have no projection"
+
+
+GATES = Kernel(forward_gates, backward_gates, unsupported)
+OUTPUTS = Kernel(forward_outputs, backward_outputs, unsupported)
+
+
+def specs(warp: int) -> list[Spec]:
+    """The kernels at the shipped configurations: units that fill a tile and that do not; gates kept and made again; ragged."""
+    kernels: dict[str, tuple[Any, ...]] = {
+        "steps": (step_kernel, step_back_kernel),
+        "resident": (resident_kernel, resident_back_kernel),
+    }
+    return [
+        spec
+        for (way, pair), kernel in product(kernels.items(), range(2))
+        for spec in shipped("lstm", way, pair[kernel], warp, bool(kernel), ("RAW",))
+    ]

@@ -1,0 +1,222 @@
+"""What the kernels of lstm, gru and rnn share: the choice of a path, the tiles, and what a program reads at each step.
+
+The product with x is one for all steps, torch's. What is left is a loop over T, and there are two ways to run it:
+
+resident   one launch. A program has BM rows of the batch and all H units; it reads the recurrent weights once, and holds the
+           states in float32 registers; a step is one product of matrices per gate
+steps      a product of torch's and one pointwise kernel a step, of any H. Nothing waits for the device, so that a CUDA graph
+           can hold the loop
+
+Letters as in `bptoolkit.ops.recurrent`. Rows end at `ends`; a step is t, in reverse T − 1 − t. A row that is past its end, or
+in reverse has not begun, keeps its state, and what is written for it is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bptoolkit.triton_kernels.aot import Spec
+from bptoolkit.triton_kernels.attention import precision_of
+from bptoolkit.triton_kernels.kernel import WARP
+from bptoolkit.triton_kernels.linear_recurrence import between, position
+
+ROWS = 16  # of the batch, the fewest that a matrix instruction takes
+PATHS = ("resident", "steps")
+_forced: str | None = None
+
+# --- the choice of a path -------------------------------------------------------------------------------------------------
+
+
+def widest(bytes: int, warp: int) -> int:
+    """The most units of elements of so many bytes whose recurrent weights a program holds; where every warp holds all of them
+    in registers, as it does with warps of 64, half as many."""
+    return 256 // bytes if warp == 32 else 128 // bytes
+
+
+def path(H: int, dtype: torch.dtype) -> str:
+    """How a sequence is run: "resident" where one program holds the recurrent weights, else "steps"."""
+    most = widest(dtype.itemsize, WARP)
+    if _forced == "resident" and most < H:
+        raise ValueError(f"the resident path takes at most {most} units of {dtype}, not {H}")
+    return _forced or ("resident" if most >= H else "steps")
+
+
+@contextmanager
+def forced(way: str) -> Iterator[None]:
+    """Inside, every sequence is run this way, whatever its size: for tests and benchmarks.
+
+    Raises:
+        ValueError: there is no such path.
+    """
+    global _forced
+    if way not in PATHS:
+        raise ValueError(f"there is no path {way!r}; there are {', '.join(PATHS)}")
+    before, _forced = _forced, way
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+# --- tiles and launches ---------------------------------------------------------------------------------------------------
+
+
+class Resident(NamedTuple):
+    """A launch of a resident kernel: padded units, and warps."""
+
+    BH: int
+    warps: int
+
+
+def resident(H: int, bytes: int, warp: int) -> Resident:
+    """The tile for H units of elements of so many bytes. Warps of 32 share the units among them, warps of 64 do not."""
+    BH = max(16, triton.next_power_of_2(H))
+    if warp == 64:
+        return Resident(BH, max(1, BH // 32))
+    return Resident(BH, BH * bytes // 32 if BH < 64 else min(BH // 8, 16))
+
+
+def fixed(t: Tensor, H: int, reverse: bool) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid of a resident kernel over T B ·, its constants, and how it is launched."""
+    way = resident(H, t.element_size(), WARP)
+    upcast = t.device.type == "cpu" and t.dtype == torch.bfloat16  # whose products the interpreter gets wrong
+    constants = {
+        "H": H,
+        "REVERSE": reverse,
+        "BM": ROWS,
+        "BH": way.BH,
+        "PRECISION": precision_of(t.dtype, WARP),
+        "UPCAST": upcast,
+    }
+    return (triton.cdiv(t.shape[1], ROWS),), constants | {"num_warps": way.warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def pointwise(B: int, H: int, bytes: int, warp: int) -> dict[str, int]:
+    """BM and BN of one step of B rows: a warp, each thread of which reads 16 bytes at a time."""
+    elements = 16 // bytes * warp
+    BN = min(triton.next_power_of_2(H), elements)
+    return {"BM": elements // BN, "BN": BN}
+
+
+def stepwise(t: Tensor, H: int) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid of a pointwise kernel over one step of T B ·, and how it is launched."""
+    sizes = pointwise(t.shape[1], H, t.element_size(), WARP)
+    grid = (triton.cdiv(t.shape[1], sizes["BM"]) * triton.cdiv(H, sizes["BN"]),)
+    return grid, sizes | {"num_warps": 1, "enable_fp_fusion": True}
+
+
+def rows_of(t: Tensor | None) -> Tensor | None:
+    """T B ·, its rows dense."""
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def steps_of(t: Tensor | None) -> tuple[int, int]:
+    """From step to step, and from row to row."""
+    return (0, 0) if t is None else (t.stride(0), t.stride(1))
+
+
+def at_start(t: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """What a sequence has at the first step of each row; a row without any has what the first step in time has."""
+    if not reverse:
+        return t[0]
+    if lengths is None:
+        return t[-1]
+    at = (lengths - 1).clamp(0, t.shape[0] - 1)
+    return t.gather(0, at.view(1, -1, 1).expand(1, *t.shape[1:]))[0]
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_FLOAT32, _NUMBERS = ("z",), ("t", "T", "B", "yt", "yb", "ct", "cb")
+
+
+def shipped(name: str, way: str, kernel: Any, warp: int, back: bool, flags: Sequence[str] = ()) -> list[Spec]:
+    """A kernel at its shipped configurations: units that fill a tile; a tile that is not full, ragged and in reverse."""
+    every, names = [], kernel.arg_names
+    for t, bytes in (("bf16", 2), ("fp32", 4)):
+        widths = [(512, True), (512, False)]
+        if way == "resident":
+            most = widest(bytes, warp)
+            widths = [(BH, True) for BH in (16, 32, 64, 128) if most >= BH] + [(most - 8, False)]
+        for H, full in widths:
+            values: dict[str, Any] = {"H": H, "REVERSE": not full, "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
+            values |= dict.fromkeys(flags, not full) | ({"lengths": None, "state": None, "dc": None} if full else {})
+            if way == "resident":
+                BH, warps = resident(H, bytes, warp)
+                values |= {"BM": ROWS, "BH": BH}
+            else:
+                warps = 1
+                values |= pointwise(64, H, bytes, warp)
+                del values["H"]
+            values = {n: value for n, value in values.items() if n in names}
+            types = {n: "i32" if n in _NUMBERS or n == "H" else "*fp32" if n in _FLOAT32 else f"*{t}" for n in names}
+            types = {n: "*i64" if n == "lengths" else of for n, of in types.items() if n not in values}
+            aligned = tuple(n for n, of in types.items() if of[0] == "*" or n in ("H", "yt", "yb", "ct", "cb"))
+            label = f"{name} {way}{' backward' * back} {t} {H}{', ragged' * (not full)}"
+            narrow = "rows of few units" if H <= 16 else ""
+            every.append(Spec(label, kernel, types, values, aligned, warps, 1, way == "resident", narrow))
+    return every
+
+
+# --- inside the kernels ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def step_of(k, T, REVERSE: tl.constexpr):
+    """The k-th step, 64 bits wide; there is one for any k, the last."""
+    return tl.full((), 0, tl.int64) + position(tl.minimum(k, T - 1), T, REVERSE)
+
+
+@triton.jit
+def weights(w, H: tl.constexpr, BH: tl.constexpr, TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr):
+    """The block of a gate, rows of units by columns of what they take, or transposed; zeros beside it: BH BH."""
+    k, n = tl.arange(0, BH)[:, None], tl.arange(0, BH)[None, :]
+    if TRANSPOSED:
+        at = w + n * H + k
+    else:
+        at = w + k * H + n
+    if H < BH:
+        x = tl.load(at, (k < H) & (n < H), other=0.0)
+    else:
+        x = tl.load(at)
+    return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def factor(x, w, UPCAST: tl.constexpr):
+    """A factor of a product with w: rounded to its dtype, as what is stored is."""
+    x = x.to(w.dtype.element_ty)
+    return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def units(x, H: tl.constexpr, BH: tl.constexpr):
+    """Zeros beside the units that there are, where an infinity times a weight of zero has left NaN: BM BH."""
+    if H < BH:
+        x = tl.where((tl.arange(0, BH) < H)[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def kept(lengths, t, ends, new, old):
+    """The state of the rows that took step t; the others keep theirs."""
+    if lengths is not None:
+        new = tl.where(between(t, 0, ends), new, old)
+    return new
+
+
+@triton.jit
+def state_before(s, s0, t, T, ends, at, size, mask, REVERSE: tl.constexpr):
+    """What step t started from: s0 at a row's first step, else what the step before left."""
+    if REVERSE:
+        p, first = t + 1, between(t, ends - 1, ends)
+    else:
+        p, first = t - 1, between(t, 0, ends * 0 + 1)
+    there = mask & between(p, 0, ends * 0 + T)
+    return tl.where(first, s0, tl.load(s + p * size + at, there, other=0.0).to(tl.float32))
