@@ -191,7 +191,8 @@ def check_second_order(cell: Cell, device: str, save: str, **kwargs: Any) -> Non
     def run(fn: Callable[..., Any], dtype: torch.dtype, **more: Any) -> list[Tensor]:
         leaves = [t.to(device, dtype).requires_grad_() for t in (normal(T, B, I), *hx, *weights)]
         x, states, ws = leaves[0], leaves[1 : 1 + cell.states], leaves[1 + cell.states :]
-        y, last = fn(x, tuple(states) if cell.states > 1 else states[0], ws, bidirectional=True, lengths=lengths, **kwargs, **more)
+        first = tuple(states) if cell.states > 1 else states[0]
+        y, last = fn(x, first, ws, bidirectional=True, lengths=lengths, **kwargs, **more)
         last = last if isinstance(last, tuple) else (last,)
         loss = (y * y).sum() + sum((s.sin()).sum() for s in last)
         grads = torch.autograd.grad(loss, leaves, create_graph=True)

@@ -4,9 +4,7 @@ kernels `lstm_loops`, for the choice between them `recurrent`.
 
 from __future__ import annotations
 
-from itertools import product
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,14 +73,14 @@ def _launch_backward(
         resident_back_kernel[grid](dy, dc, G, c, c0, wh, lengths, *out, T, B, *steps, RAW=raw, **launch)
         return out
     sent = torch.empty(B, H, dtype=c.dtype, device=c.device).zero_()
-    z = torch.empty(B, H, dtype=torch.float32, device=c.device).zero_()
+    carried = torch.empty(B, H, dtype=torch.float32, device=c.device).zero_()
     (grid, launch), das = stepwise(c, H), da.unbind(0)
     for t in order(T, reverse)[::-1]:
-        step_back_kernel[grid](sent, dy, dc, G, c, c0, lengths, da, z, t, T, B, H, *steps, reverse, raw, **launch)
+        step_back_kernel[grid](sent, dy, dc, G, c, c0, lengths, da, carried, t, T, B, H, *steps, reverse, raw, **launch)
         torch.mm(das[t], wh, out=sent)
     if reverse and lengths is not None:
         torch.mm(at_start(da, lengths, reverse), wh, out=sent)
-    return da, dh0.copy_(sent), dc0.copy_(z)
+    return da, dh0.copy_(sent), dc0.copy_(carried)
 
 
 def _fake_backward(dy, dc, G, c, c0, wh, lengths, reverse, raw):
@@ -149,12 +147,9 @@ OUTPUTS = Kernel(forward_outputs, backward_outputs, unsupported)
 
 def specs(warp: int) -> list[Spec]:
     """The kernels at the shipped configurations: units that fill a tile and that do not; gates kept and made again; ragged."""
-    kernels: dict[str, tuple[Any, ...]] = {
-        "steps": (step_kernel, step_back_kernel),
-        "resident": (resident_kernel, resident_back_kernel),
-    }
     return [
-        spec
-        for (way, pair), kernel in product(kernels.items(), range(2))
-        for spec in shipped("lstm", way, pair[kernel], warp, bool(kernel), ("RAW",))
+        *shipped("lstm", "steps", step_kernel, warp, False),
+        *shipped("lstm", "steps", step_back_kernel, warp, True),
+        *shipped("lstm", "resident", resident_kernel, warp, False),
+        *shipped("lstm", "resident", resident_back_kernel, warp, True),
     ]

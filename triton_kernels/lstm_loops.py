@@ -1,7 +1,7 @@
 """The kernels of the LSTM: a step of it, and all steps with the recurrent weights at hand. For the launches see `lstm`.
 
-Letters   as in `bptoolkit.ops.lstm`; a the gates before their functions, a = Wi x + b + Wh hₜ₋₁; s the carried c, z the carried
-          dc. With RAW, G holds a. A tensor that is not given is None
+Letters   as in `bptoolkit.ops.lstm`; a the gates before their functions, a = Wi x + b + Wh hₜ₋₁; s the carried c. With
+          RAW, G holds a. A tensor that is not given is None
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 from bptoolkit.triton_kernels.elementwise import place
 from bptoolkit.triton_kernels.functions import tanh
 from bptoolkit.triton_kernels.linear_recurrence import row_ends
-from bptoolkit.triton_kernels.recurrent import factor, kept, state_before, step_of, units, weights
+from bptoolkit.triton_kernels.recurrent import factor, kept, put, state_before, step_of, units, weights
 
 # --- one step of some rows and units --------------------------------------------------------------------------------------
 
@@ -21,12 +21,6 @@ def four(p, H, mask):
     i, f = tl.load(p, mask, other=0.0), tl.load(p + H, mask, other=0.0)
     g, o = tl.load(p + 2 * H, mask, other=0.0), tl.load(p + 3 * H, mask, other=0.0)
     return i, f, g, o
-
-
-@triton.jit
-def put(p, x, lengths, t, ends, mask):
-    """Write step t, zeros in the rows that are past their ends."""
-    tl.store(p, kept(lengths, t, ends, x, 0.0).to(p.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -87,10 +81,10 @@ def step_kernel(
 
 @triton.jit(do_not_specialize=["t", "T", "B"])
 def step_back_kernel(
-    sent, dy, dc, G, c, c0, lengths, da, z, t, T, B, H, yt, yb, ct, cb,
+    sent, dy, dc, G, c, c0, lengths, da, carried, t, T, B, H, yt, yb, ct, cb,
     REVERSE: tl.constexpr, RAW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of step t from what came back from the step after it: sent = Whᵀ da, and z, which is replaced."""
+    """The gradient of step t from what came back from the step after: sent = Whᵀ da, and the carried dc, which is replaced."""
     m, n, mask = place(B, H, BM, BN)
     ends = row_ends(lengths, m, B, T)
     t = tl.full((), 0, tl.int64) + t
@@ -98,7 +92,7 @@ def step_back_kernel(
     dh = tl.load(sent + here, mask, other=0.0).to(tl.float32)
     if dy is not None:
         dh += tl.load(dy + t * yt + m[:, None] * yb + n[None, :], mask, other=0.0).to(tl.float32)
-    old = tl.load(z + here, mask, other=0.0)
+    old = tl.load(carried + here, mask, other=0.0)
     new = old
     if dc is not None:
         new += tl.load(dc + t * ct + m[:, None] * cb + n[None, :], mask, other=0.0).to(tl.float32)
@@ -108,7 +102,7 @@ def step_back_kernel(
     sp = state_before(c, s0, t, T, ends, here, B * H, mask, REVERSE)
     i, f, g, o, new = cell_back(i, f, g, o, s, sp, dh, new, RAW)
     put_four(da + t * B * (4 * H) + gates, i, f, g, o, lengths, t, ends, H, mask)
-    tl.store(z + here, kept(lengths, t, ends, new, old), mask)
+    tl.store(carried + here, kept(lengths, t, ends, new, old), mask)
 
 
 # --- all steps in a launch ------------------------------------------------------------------------------------------------
@@ -157,7 +151,7 @@ def resident_back_kernel(
     Wi, Wf = weights(wh, H, BH, False, UPCAST), weights(wh + H * H, H, BH, False, UPCAST)
     Wg, Wo = weights(wh + 2 * H * H, H, BH, False, UPCAST), weights(wh + 3 * H * H, H, BH, False, UPCAST)
     s0 = tl.load(c0 + here, mask, other=0.0).to(tl.float32)
-    dh, z = tl.zeros((BM, BH), tl.float32), tl.zeros((BM, BH), tl.float32)
+    dh, ds = tl.zeros((BM, BH), tl.float32), tl.zeros((BM, BH), tl.float32)
     if dy is not None:
         dy += m[:, None] * yb + n[None, :]
     if dc is not None:
@@ -168,7 +162,7 @@ def resident_back_kernel(
     for k in range(0, T):
         t = step_of(k, T, not REVERSE)
         sp = state_before(c, s0, t, T, ends, here, B * H, mask, REVERSE)
-        dht, dct = dh, z
+        dht, dct = dh, ds
         if dy is not None:
             dht += tl.load(dy + t * yt, mask, other=0.0).to(tl.float32)
         if dc is not None:
@@ -180,6 +174,6 @@ def resident_back_kernel(
         sent = tl.dot(factor(f, wh, UPCAST), Wf, sent, input_precision=PRECISION)
         sent = tl.dot(factor(g, wh, UPCAST), Wg, sent, input_precision=PRECISION)
         sent = tl.dot(factor(o, wh, UPCAST), Wo, sent, input_precision=PRECISION)
-        dh, z, s = kept(lengths, t, ends, units(sent, H, BH), dh), kept(lengths, t, ends, dct, z), sp
+        dh, ds, s = kept(lengths, t, ends, units(sent, H, BH), dh), kept(lengths, t, ends, dct, ds), sp
     tl.store(dh0 + here, dh.to(dh0.dtype.element_ty), mask)
-    tl.store(dc0 + here, z.to(dc0.dtype.element_ty), mask)
+    tl.store(dc0 + here, ds.to(dc0.dtype.element_ty), mask)

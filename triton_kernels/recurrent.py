@@ -13,7 +13,7 @@ in reverse has not begun, keeps its state, and what is written for it is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -133,10 +133,10 @@ def at_start(t: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_FLOAT32, _NUMBERS = ("z",), ("t", "T", "B", "yt", "yb", "ct", "cb")
+_FLOAT32, _NUMBERS = ("carried",), ("t", "T", "B", "yt", "yb", "ct", "cb")
 
 
-def shipped(name: str, way: str, kernel: Any, warp: int, back: bool, flags: Sequence[str] = ()) -> list[Spec]:
+def shipped(name: str, way: str, kernel: Any, warp: int, back: bool) -> list[Spec]:
     """A kernel at its shipped configurations: units that fill a tile; a tile that is not full, ragged and in reverse."""
     every, names = [], kernel.arg_names
     for t, bytes in (("bf16", 2), ("fp32", 4)):
@@ -146,7 +146,7 @@ def shipped(name: str, way: str, kernel: Any, warp: int, back: bool, flags: Sequ
             widths = [(BH, True) for BH in (16, 32, 64, 128) if most >= BH] + [(most - 8, False)]
         for H, full in widths:
             values: dict[str, Any] = {"H": H, "REVERSE": not full, "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
-            values |= dict.fromkeys(flags, not full) | ({"lengths": None, "state": None, "dc": None} if full else {})
+            values |= {"RAW": not full, "TANH": full} | (dict.fromkeys(("lengths", "state", "dc", "U")) if full else {})
             if way == "resident":
                 BH, warps = resident(H, bytes, warp)
                 values |= {"BM": ROWS, "BH": BH}
@@ -220,3 +220,9 @@ def state_before(s, s0, t, T, ends, at, size, mask, REVERSE: tl.constexpr):
         p, first = t - 1, between(t, 0, ends * 0 + 1)
     there = mask & between(p, 0, ends * 0 + T)
     return tl.where(first, s0, tl.load(s + p * size + at, there, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def put(p, x, lengths, t, ends, mask):
+    """Write step t, zeros in the rows that are past their ends."""
+    tl.store(p, kept(lengths, t, ends, x, 0.0).to(p.dtype.element_ty), mask)

@@ -71,6 +71,18 @@ def backward_outputs(dy, x, h0, wi, wh, b, bh, lengths, reverse, y, need):
     return backward_gates(dy, None, x, h0, wi, wh, lengths, reverse, y, within(G, lengths), need)
 
 
+def _gates_kernel():
+    from bptoolkit.triton_kernels.gru import GATES
+
+    return GATES
+
+
+def _outputs_kernel():
+    from bptoolkit.triton_kernels.gru import OUTPUTS
+
+    return OUTPUTS
+
+
 _INPUTS = "x h0 wi wh b bh lengths"
 _BPTT = "h0 wh lengths y G"  # what the loop of backward uses
 _USES = {"x": "wi", "h0": "", "wi": "x", "wh": "", "b": "", "bh": ""}
@@ -81,8 +93,9 @@ GATES = Rule(
     inputs=_INPUTS,
     outputs="y G",
     uses={letter: f"{_BPTT} {more}" for letter, more in _USES.items()},
+    kernel=_gates_kernel,
 )
-OUTPUTS = Rule("gru_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="y")
+OUTPUTS = Rule("gru_outputs", forward_outputs, backward_outputs, inputs=_INPUTS, outputs="y", kernel=_outputs_kernel)
 
 # --- the public function and module -----------------------------------------------------------------------------------------
 

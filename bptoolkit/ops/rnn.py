@@ -159,6 +159,12 @@ def products(need, da, x, hp, wi):
     return dx, dwi, dwh, db
 
 
+def _kernel():
+    from bptoolkit.triton_kernels.rnn import KERNEL
+
+    return KERNEL
+
+
 _BPTT = "h0 wh lengths y"  # what the loop of backward uses
 _USES = {"x": "wi", "h0": "", "wi": "x", "wh": "", "b": ""}
 RULE = Rule(
@@ -168,6 +174,7 @@ RULE = Rule(
     inputs="x h0 wi wh b lengths",
     outputs="y",
     uses={letter: f"{_BPTT} {more}" for letter, more in _USES.items()},
+    kernel=_kernel,
 )
 
 # --- the other ways of saving, and truncation -------------------------------------------------------------------------------

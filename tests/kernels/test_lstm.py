@@ -88,7 +88,7 @@ def test_the_choice_of_a_path():
     assert recurrent.path(most // 2, torch.float32) == "resident" and recurrent.path(most // 2 + 1, torch.float32) == "steps"
     with recurrent.forced("steps"):
         assert recurrent.path(1, torch.float32) == "steps"
-    with recurrent.forced("resident"), pytest.raises(ValueError, match="at most .* units of torch.float32, not 200"):
+    with recurrent.forced("resident"), pytest.raises(ValueError, match=r"at most .* units of torch.float32, not 200"):
         recurrent.path(200, torch.float32)
     with pytest.raises(ValueError, match="no path 'nothing'"), recurrent.forced("nothing"):
         pass
