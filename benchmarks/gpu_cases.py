@@ -153,6 +153,18 @@ def min_rnn(blocks: int, T: int, B: int, H: int) -> Make:
     return make
 
 
+def recurrent(gates: int, H: int, ragged: bool = False) -> Make:
+    """512 steps of 64 rows, I = H; ragged, rows of any length."""
+
+    def make(d: Draw, toy: int) -> Case:
+        T, B, N = toyed(512, toy * toy), toyed(64, toy), toyed(H, toy)
+        shapes = ((gates * N, N), (gates * N, N), (gates * N,), (gates * N,))
+        weights = [d.tensor(*s, scale=N**-0.5) for s in shapes]
+        return Case((d.tensor(T, B, N), None, weights), {"lengths": d.integers(1, T + 1, B)} if ragged else {})
+
+    return make
+
+
 def attention(L: int, E: int, causal: bool) -> Make:
     def make(d: Draw, toy: int) -> Case:
         shape = toyed(16384 // L, toy), toyed(16, toy), toyed(L, toy), toyed(E, 4 if toy > 1 else 1)
@@ -210,5 +222,12 @@ CASES: Mapping[str, Mapping[str, Make]] = {
     },
     "min_gru": {"1024 steps": min_rnn(2, 1024, 32, 1024)},
     "min_lstm": {"1024 steps": min_rnn(3, 1024, 32, 1024)},
+    **{
+        name: {
+            f"{H} units{', ragged' * ragged}": recurrent(gates, H, ragged)
+            for H, ragged in ((64, False), (128, False), (128, True), (512, False), (512, True), (1024, False))
+        }
+        for name, gates in (("lstm", 4), ("gru", 3), ("rnn", 1))
+    },
 }
 """Ops that share a kernel with one that is here (softmin, dropout2d ...) need no row of their own."""

@@ -200,10 +200,10 @@ def reference(input, hx, weights, **kwargs):
     return recurrent_reference.plain(step, (P or H, H), input, hx, weights, **kwargs)
 
 
-def peer(input, hx, weights, save="gates", truncate=None):
+def peer(input, hx, weights, save="gates", truncate=None, lengths=None):
     """Torch's own, for benchmarks."""
     zeros = input.new_zeros(1, input.shape[1], weights[1].shape[1])
-    y, h, c = torch._VF.lstm(input, (zeros, zeros), weights, True, 1, 0.0, True, False, False)
+    y, h, c = recurrent_reference.torchs(torch._VF.lstm, input, (zeros, zeros), weights, lengths)
     return y, (h, c)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from bptoolkit import randomness
 from bptoolkit.ops.bptt import ARTBP
@@ -167,3 +168,14 @@ def wide(draw: Any, gates: int, T: int, B: int, H: int) -> tuple[Any, None, list
     scale = H**-0.5
     shapes = ((gates * H, H), (gates * H, H), (gates * H,), (gates * H,))
     return draw.tensor(T, B, H), None, [draw.tensor(*s, scale=scale) for s in shapes]
+
+
+def torchs(run: Any, input: Tensor, states: Any, weights: Sequence[Tensor], lengths: Tensor | None) -> tuple[Tensor, ...]:
+    """One layer of torch's own from states of zeros, for benchmarks: the output and the last states. Ragged rows are packed."""
+    options = (weights, True, 1, 0.0, True, False)
+    if lengths is None:
+        return run(input, states, *options, False)  # type: ignore[no-any-return]
+    packed = pack_padded_sequence(input, lengths.cpu(), enforce_sorted=False)
+    data, *last = run(packed.data, packed.batch_sizes, states, *options)
+    y, _ = pad_packed_sequence(packed._replace(data=data), total_length=input.shape[0])
+    return y, *(s.index_select(1, packed.unsorted_indices) for s in last)
