@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -19,119 +19,24 @@ from torch import Tensor
 
 from bptoolkit.ops.attention_rule import RULE
 from bptoolkit.triton_kernels.aot import Spec
+from bptoolkit.triton_kernels.attention_bias import mask_gradient, mask_kernel
+from bptoolkit.triton_kernels.attention_layout import (
+    batch_of,
+    constants,
+    mask_of,
+    near,
+    of_samples,
+    options_of,
+    precision_of,
+    samples,
+    shared_arguments,
+    tile,
+)
 from bptoolkit.triton_kernels.attention_loops import columns_kernel, forward_kernel, rows_kernel
-from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense
+from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
 from bptoolkit.triton_kernels.operator import operator
 
 WIDEST = 128  # features of a head
-COLUMNS = 64  # a multiple of those of a tile
-FARTHEST = 1 << 22  # elements from one row to the next: inside a tile offsets are of 32 bits
-
-
-class Tile(NamedTuple):
-    """A launch: rows and columns of a tile, warps, loads under way."""
-
-    BM: int
-    BN: int
-    warps: int
-    stages: int
-
-
-def tile(kernel: str, E: int, bytes: int, options: int, warp: int) -> Tile:
-    """The tile of "forward", "rows" or "columns", for E padded features of elements of so many bytes. options: `options_of`."""
-    if bytes == 4:
-        if E <= 64:
-            return Tile(32, 16 if kernel == "rows" else 32, 4, 1)
-        return {"forward": Tile(32, 16, 8, 1), "rows": Tile(16, 16, 4, 2), "columns": Tile(16, 16, 8, 1)}[kernel]
-    if kernel == "forward":
-        return Tile(128, 32 if E > 64 or options else 64, 8, 2)
-    warps = 4 if warp == 64 else 8
-    if kernel == "rows":
-        return Tile(64, 32, warps, 2)
-    return Tile(32, 64, warps, 2 if options < 2 and warp == 32 else 1)
-
-
-class Batch(NamedTuple):
-    """The sizes of a call: samples (b, h, g), rows and columns, features."""
-
-    B: int
-    H: int
-    G: int  # heads that share one of k and v
-    L: int
-    S: int
-    E: int
-    EV: int
-
-
-def batch_of(q: Tensor, k: Tensor, EV: int) -> Batch:
-    lead = tuple(q.shape[:-2])
-    if q.shape[:-2] == k.shape[:-2]:
-        lead = (*lead, 1)
-    G, H = lead[-1], lead[-2] if len(lead) > 1 else 1
-    return Batch(prod(lead[:-2]), H, G, q.shape[-2], k.shape[-2], q.shape[-1], EV)
-
-
-def samples(t: Tensor, n: Batch, G: int) -> Tensor:
-    """(*B, R, E) as (B, H, G, R, E), its rows dense and near each other."""
-    t = t.reshape(n.B, n.H, G, *t.shape[-2:])
-    return t if t.stride(-1) == 1 and t.stride(-2) <= FARTHEST else t.contiguous()
-
-
-def mask_of(m: Tensor | None, q: Tensor, n: Batch) -> tuple[Tensor | None, tuple[int, ...]]:
-    """The mask, booleans as bytes, and its five steps, 0 where it is broadcast.
-
-    Its columns can be read to the end of a tile, so that loads need no mask of their own and stay wide: if S is no multiple of
-    that, it is copied.
-    """
-    if m is None:
-        return None, (0,) * 5
-    m = m.view(torch.uint8) if m.dtype == torch.bool else m
-    if m.shape[-1] > 1 and m.shape[-1] % COLUMNS:
-        m = torch.nn.functional.pad(m, (0, -m.shape[-1] % COLUMNS))
-    elif max(m.stride()[-2:]) > FARTHEST:
-        m = m.contiguous()
-    columns = m.shape[-1] if m.shape[-1] > 1 else 1
-    m = m.expand(*q.shape[:-2], n.L, columns).reshape(n.B, n.H, n.G, n.L, columns)
-    *outer, last = m.stride()
-    return m, (*outer, last if columns > 1 else 0)
-
-
-def of_samples(t: Tensor | None, q: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A number per sample."""
-    return None if t is None else t.to(dtype).expand(q.shape[:-2]).contiguous()
-
-
-def shared_arguments(q: Tensor, n: Batch, window: Sequence[int], scale: float | None, cap: float) -> tuple[Any, ...]:
-    """What the kernels take between the steps and the tile."""
-    left, right, end = window
-    bounds = (None if left < 0 else left, None if right < 0 else right, n.S - n.L if end else 0)
-    scale = max(n.E, 1) ** -0.5 if scale is None else scale
-    return n.H, n.G, n.L, n.S, *bounds, float(scale), cap or None
-
-
-def constants(q: Tensor, m: Tensor | None, n: Batch, kernel: str, has: int) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
-    """What the kernels take from the features on, how they are launched, and the tile."""
-    BE, BV = (max(triton.next_power_of_2(x), 16) for x in (n.E, n.EV))
-    t = tile(kernel, max(BE, BV), q.element_size(), has, WARP)
-    precision = precision_of(q.dtype, WARP)
-    natural = m is not None and m.dtype != torch.bool
-    upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16  # whose products the interpreter gets wrong
-    options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
-    more = tile("rows", max(BE, BV), q.element_size(), has, WARP).BM if kernel == "columns" else not has
-    return (n.E, n.EV, BE, BV, t.BM, t.BN, natural, more, precision, upcast), options, t
-
-
-def precision_of(dtype: torch.dtype, warp: int) -> str:
-    """How products of float32 are made: by matrix instructions, on NVIDIA's parts out of three of tf32."""
-    if dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3" if warp == 32 else "ieee"
-
-
-def options_of(terms: Sequence[Tensor | None], window: Sequence[int], cap: float) -> int:
-    """What takes registers: 0 for nothing but causal, which leaves enough for loops of their own over the tiles that need no
-    mask of places; 1 for a mask; 2 for more."""
-    return 2 if cap or window[0] >= 0 or any(t is not None for t in terms[1:]) else int(terms[0] is not None)
 
 
 def _launch_forward(
@@ -150,19 +55,13 @@ def _launch_forward(
     if not out[1].numel():
         return out
     Q, K, V = samples(q, n, n.G), samples(k, n, 1), samples(v, n, 1)
-    mask, of_mask = mask_of(m, q, n)
-    terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
-    steps = (*Q.stride()[:4], *near(K), *near(V), *of_mask)
+    mask = mask_of(m, q)
+    terms = mask.m, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
+    steps = (*Q.stride()[:4], *near(K), *near(V), *mask.steps)
     fixed, options, t = constants(q, m, n, "forward", options_of(terms, window, cap))
     grid = (triton.cdiv(n.L, t.BM) * n.B * n.H * n.G,)
     forward_kernel[grid](Q, K, V, *terms, *out, *steps, *shared_arguments(q, n, window, scale, cap), *fixed, **options)
     return out
-
-
-def near(t: Tensor) -> tuple[int, int, int]:
-    """The steps of k or v over b, h and rows."""
-    b, h, _, r, _ = t.stride()
-    return b, h, r
 
 
 def _fake_forward(q, k, v, m, slopes, lengths, window, scale, cap):
@@ -186,16 +85,17 @@ def _launch_backward(
     scale: float | None,
     cap: float,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dQ, dK, dV and dh of each sample; empty those that are not needed."""
-    out = _fake_backward(do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dQ, dK, dV, dM and dh of each sample; empty those that are not needed."""
     n = batch_of(q, k, do.shape[-1])
+    now = need if not n.B * n.H * n.G else [*need[:3], False, need[4]]  # dM is allocated with its parts
+    out = _fake_backward(do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, now)
     if not n.B * n.H * n.G:
-        return out
-    dq, dk, dv, dslopes = (t if wanted else None for t, wanted in zip(out, need))
+        return tuple(t.zero_() for t in out)
+    dq, dk, dv, _, dslopes = (t if wanted else None for t, wanted in zip(out, now))
     dO, Q, K = samples(do, n, n.G), samples(q, n, n.G), samples(k, n, 1)
-    mask, of_mask = mask_of(m, q, n)
-    terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
+    mask = mask_of(m, q)
+    terms = mask.m, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     shared = shared_arguments(q, n, window, scale, cap)
     steps = (*dO.stride()[:4], *Q.stride()[:4], *near(K))
     has, V, O, of_v, of_o = options_of(terms, window, cap), None, None, (0,) * 3, (0,) * 4
@@ -208,20 +108,24 @@ def _launch_backward(
     parts = None if dslopes is None else torch.empty(N, blocks, dtype=torch.float32, device=q.device)
     given = (dO, dense(dlse), Q, K, V, *terms, O, dense(top), dense(l), T, r, D, dq, parts)
     if blocks:
-        rows_kernel[(blocks * N,)](*given, *steps, *of_v, *of_mask, *of_o, *shared, *fixed, **options)
+        rows_kernel[(blocks * N,)](*given, *steps, *of_v, *mask.steps, *of_o, *shared, *fixed, **options)
     if dslopes is not None:
         torch.sum(parts, 1, out=dslopes.view(-1))
     if n.S and not (dk is None and dv is None):
         fixed, options, t = constants(q, m, n, "columns", has)
         grid = (triton.cdiv(n.S, t.BN) * n.B * n.H,)
         given = (dO, Q, K, V, *terms, T, r, D, dk, dv)
-        columns_kernel[grid](*given, *steps, *of_v, *of_mask, *shared, *fixed, **options)
-    return out
+        columns_kernel[grid](*given, *steps, *of_v, *mask.steps, *shared, *fixed, **options)
+    dm = out[3]
+    if m is not None and need[3]:
+        given = (dO, Q, K, V, *terms, T, r, D)
+        dm = mask_gradient(m, mask, n, given, (*steps, *of_v, *mask.steps), shared, constants(q, m, n, "mask", has))
+    return out[0], out[1], out[2], dm, out[4]
 
 
 def _fake_backward(do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need):
-    shapes = (q.shape, k.shape, (*k.shape[:-1], do.shape[-1]), q.shape[:-2])
-    dtypes = (q.dtype, q.dtype, q.dtype, torch.float32)
+    shapes = (q.shape, k.shape, (*k.shape[:-1], do.shape[-1]), () if m is None else m.shape, q.shape[:-2])
+    dtypes = (q.dtype, q.dtype, q.dtype, q.dtype if m is None else m.dtype, torch.float32)
     return tuple(
         torch.empty(shape if wanted else (0,), dtype=dtype, device=q.device)
         for shape, dtype, wanted in zip(shapes, dtypes, need)
@@ -245,15 +149,15 @@ def forward(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p
 
 
 def backward(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
-    if need.m or (do is None and v is None):
+    if do is None and v is None:
         return RULE.backward(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need)
     if do is None:
         do = torch.zeros((), dtype=q.dtype, device=q.device).expand(*q.shape[:-1], v.shape[-1])
-    wanted = [need.q, need.k, need.v, need.slopes]
-    dq, dk, dv, dh = BACKWARD(do, dlse, q, k, v, m, slopes, lengths, o, top, l, list(window), scale, cap, wanted)
+    wanted = list(need[:5])
+    dq, dk, dv, dm, dh = BACKWARD(do, dlse, q, k, v, m, slopes, lengths, o, top, l, list(window), scale, cap, wanted)
     dh = dh.sum_to_size(slopes.shape).to(slopes.dtype) if need.slopes else None
-    none = (None,) * 4
-    return dq if need.q else None, dk if need.k else None, dv if need.v else None, None, dh, *none
+    dq, dk, dv, dm = (t if wanted else None for t, wanted in zip((dq, dk, dv, dm), need))
+    return dq, dk, dv, dm, dh, *(None,) * 4
 
 
 def unsupported(
@@ -279,8 +183,6 @@ def unsupported(
     E = max(q.shape[-1], v.shape[-1])
     if E > WIDEST:
         return f"a head of {E} features is too wide for the fused kernel: at most {WIDEST}"
-    if m is not None and q.dim() > (4 if q.shape[:-2] == k.shape[:-2] else 5):
-        return "the fused kernel takes no mask over more than two batch dimensions"
     return computed_in_float32(q)
 
 

@@ -102,6 +102,12 @@ def scores(
 
 
 @triton.jit
+def mask_at(n, mb, mh, mg, MH, MG):
+    """Where the mask of sample n begins: a place in dimensions of its own, (n / MH MG, MH, MG)."""
+    return n // (MH * MG) * mb + n // MG % MH * mh + n % MG * mg
+
+
+@triton.jit
 def columns_of(part: tl.constexpr, begin, full, full_end, end, SPLIT: tl.constexpr):
     """Where a part's loop begins and ends: an edge, what no edge cuts, the other edge; or all of it."""
     if not SPLIT:
@@ -115,9 +121,9 @@ def columns_of(part: tl.constexpr, begin, full, full_end, end, SPLIT: tl.constex
     return j1, j2
 
 
-@triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
+@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift"])
 def forward_kernel(
-    q, k, v, m, slopes, lengths, o, lse, top, l, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
+    q, k, v, m, slopes, lengths, o, lse, top, l, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -132,7 +138,7 @@ def forward_kernel(
     k += b * kb + h * kh
     v += b * vb + h * vh
     if m is not None:
-        m += b * mb + h * mh + g * mg
+        m += mask_at(n, mb, mh, mg, MH, MG)
     slope, length = None, S
     if slopes is not None:
         slope = tl.load(slopes + n)
@@ -176,10 +182,10 @@ def forward_kernel(
     tl.store(l + at, Z, here)
 
 
-@triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
+@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift"])
 def rows_kernel(
     do, dlse, q, k, v, m, slopes, lengths, o, top, l, T_, r_, D, dq, dslopes,
-    ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, yb, yh, yg, yl,
+    ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG, yb, yh, yg, yl,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -213,7 +219,7 @@ def rows_kernel(
         k += b * kb + h * kh
         v += b * vb + h * vh
         if m is not None:
-            m += b * mb + h * mh + g * mg
+            m += mask_at(n, mb, mh, mg, MH, MG)
         slope, length = None, S
         if slopes is not None:
             slope = tl.load(slopes + n)
@@ -249,10 +255,10 @@ def rows_kernel(
             tl.store(dslopes + pid, tl.sum(tl.where(here, F, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
+@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift"])
 def columns_kernel(
     do, q, k, v, m, slopes, lengths, T_, r_, D, dk, dv,
-    ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
+    ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -283,7 +289,7 @@ def columns_kernel(
         n = c * G + g
         slope, length, mask = None, S, None
         if m is not None:
-            mask = m + (b * mb + h * mh + wide(g) * mg)
+            mask = m + mask_at(n, mb, mh, mg, MH, MG)
         if slopes is not None:
             slope = tl.load(slopes + n)
         last = end

@@ -7,13 +7,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import LAYOUTS, both_rules, each_dtype, normal
+from fused import LAYOUTS, each_dtype, normal
+from fused_attention import run, run_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import bptoolkit as bp
 from bptoolkit.ops.attention_rule import RULE
 from bptoolkit.ops.attention_tiles import CAUSAL, EVERYWHERE
 from bptoolkit.triton_kernels import attention as file
+from bptoolkit.triton_kernels import attention_layout as layout
 
 sdpa = bp.functional.scaled_dot_product_attention
 BOTTOM = (-1, 0, 1)  # causal, the last query at the last key
@@ -22,23 +24,7 @@ BOTTOM = (-1, 0, 1)  # causal, the last query at the last key
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tiles of 32 rows and columns: several without many elements."""
-    monkeypatch.setattr(file, "tile", lambda *_: file.Tile(32, 32, 4, 1))
-
-
-def run(L, S, E=8, EV=None, *, B=(1, 2), shared=None, dtype=torch.float32, device="cpu", need="qkv", errors=40, **kw):
-    """Both rules at sizes and options; shared: the batch dimensions of k and v."""
-    q, k, v = (
-        normal(*b, n, e, dtype=dtype, device=device, seed=s)
-        for s, (b, n, e) in enumerate(((B, L, E), (shared or B, S, E), (shared or B, S, EV or E)))
-    )
-    return run_of(q, k, v, need=need, errors=errors, **kw)
-
-
-def run_of(q, k, v, *, need="qkv", errors=40, m=None, slopes=None, lengths=None, window=EVERYWHERE, scale=None, cap=0.0, **kw):
-    """need: letters of q, k, v, m, slopes."""
-    wanted = [*(x in need for x in "qkvms"), *(False,) * 4]
-    args = (q, k, v, m, slopes, lengths, None, None, None, window, scale, cap, 0.0)
-    return both_rules(RULE, *args, need=wanted, errors=errors, cotangents=kw)
+    monkeypatch.setattr(layout, "tile", lambda *_: layout.Tile(32, 32, 4, 1))
 
 
 @pytest.mark.parametrize("window", [EVERYWHERE, CAUSAL, BOTTOM], ids=["full", "causal", "bottom right"])
@@ -145,11 +131,6 @@ def test_masks_of_groups(device, shape):
     run(20, 40, B=(2, 1, 2), shared=(2, 1, 1), m=normal(*shape, device=device), device=device)
 
 
-def test_the_masks_gradient_is_the_eager_rules(device):
-    run(20, 40, m=normal(1, 2, 20, 40, device=device), need="qkvm", device=device)
-    run(20, 40, m=normal(1, 1, 1, 40, device=device), need="m", device=device)
-
-
 @pytest.mark.parametrize("window", [(0, 0, 0), (40, -1, 0), (-1, 20, 1), (18, 18, 1)], ids=str)
 def test_windows(device, window):
     run(70, 60, B=(1,), window=window, device=device)
@@ -240,7 +221,6 @@ def test_what_the_kernel_cannot_take(device):
         ((x, x, x), {"dropout_p": 0.1}, "no dropout"),
         ((wide, wide, x), {}, "300 features is too wide"),
         ((x.double(),) * 3, {}, "float32, not float64"),
-        ((x[None],) * 3, {"attn_mask": x.new_ones(3, 3) > 0}, "no mask over more than two batch dimensions"),
     ):
         with pytest.raises(ValueError, match=f"scaled_dot_product_attention: backend='triton' cannot run here: .*{why}"):
             sdpa(*args, **options, backend="triton")
