@@ -67,6 +67,31 @@ def hashed(i: Tensor, seed: Tensor) -> Tensor:
     return h * signed(C)
 
 
+def hashed_rows(keys: Tensor, columns: Tensor, room: dict[str, Tensor]) -> Tensor:
+    """The hash of columns with a seed per row: with key h, of one call's rows each another, the seed is (h, C h).
+
+    Args:
+        keys: (..., 1) of int32.
+        columns: (S,) of int32.
+        room: where the result and a temporary lie; what was in them is gone.
+
+    Returns:
+        (..., S) of int32: `hashed(columns, seed)`, in place.
+    """
+    shape = (*keys.shape[:-1], *columns.shape)
+    n = prod(shape)
+    if not room or room["h"].numel() < n:
+        room.update({x: torch.empty(n, dtype=torch.int32, device=keys.device) for x in "hs"})
+    h, s = (room[x][:n].view(shape) for x in "hs")
+    torch.add(columns * signed(G), keys, out=h)
+    h ^= torch.bitwise_right_shift(h, 17, out=s).bitwise_and_(0x7FFF)
+    h.mul_(signed(A)).bitwise_xor_(keys * signed(C))
+    h ^= torch.bitwise_right_shift(h, 11, out=s).bitwise_and_(0x1FFFFF)
+    h.mul_(signed(B))
+    h ^= torch.bitwise_right_shift(h, 15, out=s).bitwise_and_(0x1FFFF)
+    return h.mul_(signed(C))
+
+
 def signed(k: int) -> int:
     """A number mod 2³² as a signed one."""
     return (k + (1 << 31) & 0xFFFFFFFF) - (1 << 31)

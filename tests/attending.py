@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bptoolkit as bp
+from bptoolkit import randomness
 from bptoolkit.ops import attention_plain
 
 sdpa = bp.functional.scaled_dot_product_attention
@@ -82,7 +83,7 @@ def with_mask(fn, kwargs):
 def keep_of(q, k, p):
     """The factor that the call after this one will use: the draw is repeated."""
     state = torch.get_rng_state()
-    seed = torch.randint(0, 1 << 62, (), dtype=torch.int64)
+    seed = randomness.draw_seed(q)
     torch.set_rng_state(state)
     return attention_plain.KEEP(q.detach(), k.detach(), seed, None, None, p)
 

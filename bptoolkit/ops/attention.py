@@ -55,7 +55,7 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to (*B, L, S), or None. Boolean: True takes part. Floating point, of query's dtype or float32:
             added to the scores, and differentiable.
         dropout_p: the share of probabilities set to 0; the others are divided by 1 - dropout_p. Applied whenever it is not 0.
-            One number is drawn per call from the CPU's generator; every pass makes the same mask again from it.
+            A seed is drawn per call from torch's generator; every pass makes the same mask again from it.
         is_causal: query i sees the keys 0 ... i; not together with attn_mask.
         scale: σ; E ** -0.5 by default.
         enable_gqa: key and value may have fewer heads (dimension -3) than query; each serves a group of query's heads.
@@ -101,7 +101,7 @@ def scaled_dot_product_attention(
     if slopes is not None or lengths is not None:
         slopes = options.lay_out_slopes(NAME, slopes, q, groups)
         lengths = options.lay_out_lengths(NAME, lengths, q, groups)
-    cap, seed = options.read_cap(NAME, softcap), options.draw_seed(p)
+    cap, seed = options.read_cap(NAME, softcap), options.draw_seed(p, q)
     picked = OP.pick(RULE, backend, q, k, v, m, slopes, lengths, None, None, None, bounds, scale, cap, p)
     o, lse, _, _ = RULE(q, k, v, m, slopes, lengths, seed, None, None, bounds, scale, cap, p, backend=picked)
     o = o.flatten(-4, -3) if groups else o

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bptoolkit import randomness
 from bptoolkit.ops.attention_tiles import EVERYWHERE, wide
 
 
@@ -43,9 +44,8 @@ def read_dropout(name: str, p: float) -> float:
     return 0.0 if p == 0 else float(p)
 
 
-def draw_seed(p: float) -> Tensor | None:
-    """One number from the CPU's generator; int64 on the CPU: reading it back is no synchronisation."""
-    return torch.randint(0, 1 << 62, (), dtype=torch.int64, device="cpu") if p > 0 else None
+def draw_seed(p: float, q: Tensor) -> Tensor | None:
+    return randomness.draw_seed(q) if p > 0 else None
 
 
 def check_mask(name: str, q: Tensor, m: Any, causal: bool) -> None:

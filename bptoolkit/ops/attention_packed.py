@@ -51,16 +51,8 @@ def double_backward(a, b, c, e, f, do, dlse, q, k, v, o, top, l, cu_q, cu_k, ter
     return tuple(grads.get(x) for x in "olqkvms")
 
 
-def keep(q, k, seed, cu_q, cu_k, p):
-    """The whole dropout factor: blocks along the diagonal."""
-    z = q.new_zeros(*q.shape[:-1], k.shape[-2], dtype=wide(q.dtype))
-    for I, J, one in sequences(q, k, cu_q, cu_k, Terms(seed=seed, p=p)):
-        z[..., I, J] = blocks.keep(q[..., I, :], k[..., J, :], one.seed, p)
-    return z
-
-
 def sequences(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, terms: Terms) -> Iterator[tuple[slice, slice, Terms]]:
-    """The rows of q and of k of each sequence that has any of q, and its terms: dropout has a seed of its own."""
+    """The rows of q and of k of each sequence that has any of q, and its terms."""
     rows, columns = _bounds(cu_q), _bounds(cu_k)
     for b, (i, i_end, j, j_end) in enumerate(zip(rows, rows[1:], columns, columns[1:])):
         if not (0 <= i <= i_end <= q.shape[-2] and 0 <= j <= j_end <= k.shape[-2]):
@@ -69,7 +61,7 @@ def sequences(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, terms: Terms) ->
                 f"{q.shape[-2]} and {k.shape[-2]}; cu_seqlens must not fall, from 0 on"
             )
         if i < i_end:
-            yield slice(i, i_end), slice(j, j_end), terms._replace(seed=None if terms.seed is None else terms.seed + b)
+            yield slice(i, i_end), slice(j, j_end), terms._replace(place=(q.shape[-2], i, j))
 
 
 def _bounds(cu: Tensor) -> list[int]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops import attention_blocks as blocks
-from bptoolkit.ops import attention_packed as packed
 from bptoolkit.ops.attention_tiles import Terms, to_mask, wide
 
 
@@ -28,7 +27,7 @@ class Scores(NamedTuple):
 
 def scores(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, terms: Terms) -> Scores:
     """S = c tanh(σ Q Kᵀ / c) + M − h|distance|, −∞ where it is hidden."""
-    m, slopes, lengths, _, (left, right, end), scale, cap, _ = terms
+    m, slopes, lengths, _, (left, right, end), scale, cap, _, _ = terms
     s, t = q @ k.mT * (scale if scale is not None else max(q.shape[-1], 1) ** -0.5), None  # *B L S
     if cap:
         t = torch.tanh(s / cap)
@@ -98,7 +97,7 @@ def _keep_fake(q: Tensor, k: Tensor, seed: Tensor, cu_q: Tensor | None, cu_k: Te
 
 
 def _keep(q: Tensor, k: Tensor, seed: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, p: float) -> Tensor:
-    return blocks.keep(q, k, seed, p) if cu_q is None else packed.keep(q, k, seed, cu_q, cu_k, p)
+    return blocks.keep(q, k, seed, p)  # packed sequences lie along the diagonal of the same matrix
 
 
 KEEP = Opaque("attention_keep", _keep, _keep_fake, vmap="leading")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_MASK = (1 << 64) - 1
+from bptoolkit import randomness
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -50,11 +50,12 @@ class Terms(NamedTuple):
     m: Tensor | None = None  # the mask, of as many dimensions as the scores
     slopes: Tensor | None = None  # of ALiBi, of as many dimensions as the batch
     lengths: Tensor | None = None  # of the keys, likewise
-    seed: Tensor | None = None  # of the dropout
+    seed: Tensor | None = None  # of the dropout: (2,) int32, with the dimensions in front that vmap added
     window: Sequence[int] = EVERYWHERE  # left and right bound, −1 for none; 1 if the last row stands at the last column, else 0
     scale: float | None = None
     cap: float = 0.0  # of the scores; 0 for none
     p: float = 0.0
+    place: tuple[int, int, int] | None = None  # of a packed sequence: rows of all sequences, its first row and column
 
 
 class Tile(NamedTuple):
@@ -75,7 +76,7 @@ class Tiles:
     """S = c tanh(σ Q Kᵀ / c) + M − h|distance|, tile by tile, in buffers that are allocated once."""
 
     def __init__(self, q: Tensor, k: Tensor, terms: Terms, sides: tuple[int, int] = (512, 256)) -> None:
-        m, slopes, lengths, seed, self.window, scale, self.cap, self.p = terms
+        m, slopes, lengths, self.seed, self.window, scale, self.cap, self.p, place = terms
         self.batch, (self.L, E), self.S = tuple(q.shape[:-2]), q.shape[-2:], k.shape[-2]
         self.N, self.dtype, self.device = math.prod(self.batch), wide(q.dtype), q.device
         self.q, self.k = self.flat(q), self.flat(k)
@@ -93,14 +94,14 @@ class Tiles:
         if m is None or m.shape[:-2].numel() == 1:
             self.over, m = (self.N,), None if m is None else m.reshape(1, *m.shape[-2:])
         self.m = m
-        # dropout masks are drawn by tiles, so these have to be the same in every pass, also where vmap changes N in between
         bounded = left >= 0 or right >= 0
-        size = (0, self.device.type) if seed is not None else (self.N, self.device.type, (256, 256) if bounded else sides)
+        size = self.N, self.device.type, (256, 256) if bounded else sides
         self.rows, self.columns = tile_size(self.L, self.S, *size)
         self.samples = tile_samples(self.rows, self.columns, self.device.type)
-        self.seeds = None if seed is None else _seeds(seed, self.N)
-        self.generator = None if seed is None else torch.Generator(self.device)
+        self.place = (self.L, 0, 0) if place is None else place
+        self.keys: tuple[tuple[int, int], Tensor] | None = None  # of the rows of the last band
         self.buffers: dict[str, Tensor] = {}
+        self.integers: dict[str, Tensor] = {}  # of `keep`
         self.edges: dict[tuple[int, int, int], Tensor] = {}
         self.steps: dict[tuple[int, int], Tensor] = {}
 
@@ -218,15 +219,31 @@ class Tiles:
         return self.edges[key]
 
     def keep(self, tile: Tile) -> Tensor | None:
-        """The dropout factor Z of a tile, 0 or 1/(1 − p): the same in every pass. None without dropout."""
-        if self.seeds is None:
+        """The dropout factor Z of a tile, 0 or 1/(1 − p): a function of the seed and the place alone. None without dropout."""
+        if self.seed is None:
             return None
-        z = self.buffer("z", tile)
-        where = tile.I.start // self.rows << 32 | tile.J.start // self.columns
-        for row, seed in zip(z, self.seeds[tile.n]):
-            self.generator.manual_seed(_mix(seed + where))  # type: ignore[union-attr]
-            row.bernoulli_(1 - self.p, generator=self.generator)
+        z, first = self.buffer("z", tile), self.place[2]
+        columns = torch.arange(first + tile.J.start, first + tile.J.stop, dtype=torch.int32, device=self.device)
+        keys = self.row_keys(tile)
+        step = max(1, randomness.BLOCK // max(z[:1].numel(), 1)) if self.device.type == "cpu" else len(z)
+        for n in range(0, len(z), max(step, 1)):
+            h = randomness.hashed_rows(keys[n : n + step], columns, self.integers)
+            torch.lt(h, randomness.threshold(self.p), out=z[n : n + step])
         return z.mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
+
+    def row_keys(self, tile: Tile) -> Tensor:
+        """A key per row of a tile: the hash of the row's number among those of the call, (samples, rows, 1) of int32."""
+        assert self.seed is not None
+        n, I = tile.n, tile.I
+        if self.keys is None or self.keys[0] != (n.start, I.start):
+            all_rows, first, _ = self.place
+            seeds = self.seed.reshape(-1, 2)
+            each = self.N // len(seeds)  # samples of one call; vmap has put calls side by side
+            sample = torch.arange(n.start, n.stop, device=self.device)[:, None]
+            row = torch.arange(first + I.start, first + I.stop, device=self.device)
+            h = randomness.hashed(sample % each * all_rows + row, seeds[sample // each])
+            self.keys = (n.start, I.start), h.unsqueeze(-1)
+        return self.keys[1]
 
     def part(self, m: Tensor, tile: Tile) -> Tensor:
         """What of m, or of its gradient, meets a tile."""
@@ -301,18 +318,3 @@ def _pieces(batch: Sequence[int], most: int) -> Iterator[tuple[slice, tuple[slic
             at = (*(slice(x, x + 1) for x in index), slice(start, stop), *whole)
             first = (k * length + start) * inner
             yield slice(first, first + (stop - start) * inner), at, tuple(s.stop - s.start for s in at)
-
-
-def _seeds(seed: Tensor, N: int) -> list[int]:
-    """One seed per sample of the flattened batch; `seed` has the leading dimensions that vmap added."""
-    firsts = seed.reshape(-1).tolist()
-    each = N // max(len(firsts), 1)
-    return [_mix(_mix(first) + n) for first in firsts for n in range(each)]
-
-
-def _mix(x: int) -> int:
-    """The finalizer of splitmix64 (Steele, Lea & Flood 2014): neighbouring numbers become unrelated ones."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return (x ^ (x >> 31)) >> 1

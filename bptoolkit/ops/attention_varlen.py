@@ -85,7 +85,7 @@ def varlen_attention(
     cap = options.read_cap(NAME, softcap)
     q, k, v, groups = _heads_first(q, k, v, enable_gqa)
     slopes = options.lay_out_slopes(NAME, alibi_slopes, q, groups)
-    seed = options.draw_seed(p)
+    seed = options.draw_seed(p, q)
     picked = OP.pick(RULE, backend, q, k, v, None, slopes, None, None, cu_seqlens_q, cu_k, bounds, scale, cap, p)
     o, lse, _, _ = RULE(q, k, v, None, slopes, None, seed, cu_seqlens_q, cu_k, bounds, scale, cap, p, backend=picked)
     if groups:
