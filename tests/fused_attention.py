@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from fused import both_rules, normal
 
-from bptoolkit.ops.attention_rule import RULE
+from bptoolkit.ops.attention_rule import PACKED_RULE, RULE
 from bptoolkit.ops.attention_tiles import EVERYWHERE
 
 
@@ -18,8 +18,9 @@ def run(L, S, E=8, EV=None, *, B=(1, 2), shared=None, dtype=torch.float32, devic
     return run_of(q, k, v, need=need, errors=errors, **kw)
 
 
-def run_of(q, k, v, *, need="qkv", errors=40, m=None, slopes=None, lengths=None, window=EVERYWHERE, scale=None, cap=0.0, **kw):
-    """need: letters of q, k, v, m, slopes."""
+def run_of(q, k, v, *, need="qkv", errors=40, window=EVERYWHERE, scale=None, cap=0.0, p=0.0, **given):
+    """need: letters of q, k, v, m, slopes; given: further inputs of the rule by name, and cotangents."""
     wanted = [*(x in need for x in "qkvms"), *(False,) * 4]
-    args = (q, k, v, m, slopes, lengths, None, None, None, window, scale, cap, 0.0)
-    return both_rules(RULE, *args, need=wanted, errors=errors, cotangents=kw)
+    others = [given.pop(name, None) for name in ("m", "slopes", "lengths", "seed", "cu_q", "cu_k")]
+    rule = RULE if others[4] is None else PACKED_RULE
+    return both_rules(rule, q, k, v, *others, window, scale, cap, p, need=wanted, errors=errors, cotangents=given)

@@ -1,4 +1,4 @@
-"""The gradient of attention's additive mask: dS, summed over what the mask was broadcast over. Letters as in `attention_loops`.
+"""The gradient of an additive mask: dS, summed over what the mask was broadcast over. Letters as in `attention_loops`.
 
 A program has a tile of the mask, rows I and columns J of one of its samples, and passes over the samples of q that share it: P and
 dS of each are made again. Where few tiles exist the samples are split into parts; parts, and the blocks of a mask of one row or
@@ -18,21 +18,24 @@ from torch import Tensor
 
 from bptoolkit.triton_kernels.attention_layout import Batch, Mask, Tile
 from bptoolkit.triton_kernels.attention_loops import exponential, mask_at, rows, scores, seen_by, wide
+from bptoolkit.triton_kernels.randomness import hashed, keep_in_row
 
 PROGRAMS = 512  # enough for the widest part; the sums of parts so take at most this many tiles
 
 
-@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift", "O1", "O2", "N1", "N2", "count", "parts"])
+@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "C", "shift", "threshold", "O1", "O2", "N1", "N2", "count", "parts"])
 def mask_kernel(
-    do, q, k, v, m, slopes, lengths, T_, r_, D, dm, ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms,
-    MH, MG, O1, O2, N1, N2, count, parts, H, G, L, S, left, right, shift, scale, cap,
+    do, q, k, v, m, slopes, lengths, seed, T_, r_, D, dm,
+    ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG, O1, O2, N1, N2, count, parts,
+    H, G, L, S, C, left, right, shift, scale, cap, threshold, inverse,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NATURAL: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    NATURAL: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
     """dM of a tile, of a part of the samples.
 
-    Along the mask's three dimensions of samples, sizes (., MH, MG), a dimension is the mask's own, of O samples, or shared, by N
-    of them; the other number is 1. ROW: the mask has one row, COLUMN: one column.
+    Each of the mask's three dimensions of samples, of sizes (., MH, MG), is the mask's own, of O samples, or shared by N of them;
+    the other number is 1. ROW: the mask has one row, COLUMN: one column.
     """
     down, across = tl.cdiv(L, BM), tl.cdiv(S, BN)
     pid = tl.program_id(0)
@@ -62,7 +65,11 @@ def mask_kernel(
         p = exponential(y - tl.load(T_ + at)[:, None], NATURAL) * tl.load(r_ + at)[:, None]
         dO = rows(do + (b * ob + h * oh + g * og + wide(i0) * ol), ol, L - i0, EV, BM, BV, UPCAST)  # BM BV
         V = rows(v + (b * vb + h * vh + wide(j0) * vs), vs, S - j0, EV, BN, BV, UPCAST)  # BN BV
-        F += p * (tl.dot(dO, tl.trans(V), input_precision=PRECISION) - tl.load(D + at)[:, None])
+        dp = tl.dot(dO, tl.trans(V), input_precision=PRECISION)  # BM BN
+        if seed is not None:
+            keys = hashed(n * L + i0 + tl.arange(0, BM), seed)[:, None]
+            dp = tl.where(keep_in_row(j0 + j, keys, threshold), dp * inverse, 0.0)
+        F += p * (dp - tl.load(D + at)[:, None])
     c = c * parts + part
     R, C = down if ROW else L, across if COLUMN else S
     r, e = tl.arange(0, BM), tl.arange(0, BN)

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bptoolkit import randomness
 from bptoolkit.triton_kernels.kernel import WARP
 
 COLUMNS = 64  # a multiple of those of a tile
@@ -53,14 +54,15 @@ class Batch(NamedTuple):
     S: int
     E: int
     EV: int
+    C: int  # packed sequences
 
 
-def batch_of(q: Tensor, k: Tensor, EV: int) -> Batch:
+def batch_of(q: Tensor, k: Tensor, EV: int, cu: Tensor | None = None) -> Batch:
     lead = tuple(q.shape[:-2])
     if q.shape[:-2] == k.shape[:-2]:
         lead = (*lead, 1)
     G, H = lead[-1], lead[-2] if len(lead) > 1 else 1
-    return Batch(prod(lead[:-2]), H, G, q.shape[-2], k.shape[-2], q.shape[-1], EV)
+    return Batch(prod(lead[:-2]), H, G, q.shape[-2], k.shape[-2], q.shape[-1], EV, 0 if cu is None else cu.shape[0] - 1)
 
 
 def samples(t: Tensor, n: Batch, G: int) -> Tensor:
@@ -109,7 +111,7 @@ def mask_of(m: Tensor | None, q: Tensor) -> Mask:
 
 
 def merged(sizes: Sequence[int], *steps: Sequence[int]) -> list[tuple[int, ...]]:
-    """Dimensions as few as can be, each its size and its step in each tensor: neighbours that are one in all tensors are merged."""
+    """Dimensions as few as can be, each its size and its step in each tensor: neighbours that are one in all are merged."""
     dims: list[tuple[int, ...]] = []
     for size, *step in zip(sizes, *steps):
         if size == 1:
@@ -125,12 +127,21 @@ def of_samples(t: Tensor | None, q: Tensor, dtype: torch.dtype) -> Tensor | None
     return None if t is None else t.to(dtype).expand(q.shape[:-2]).contiguous()
 
 
-def shared_arguments(q: Tensor, n: Batch, window: Sequence[int], scale: float | None, cap: float) -> tuple[Any, ...]:
-    """What the kernels take between the steps and the tile."""
+def shared_arguments(
+    q: Tensor, n: Batch, window: Sequence[int], scale: float | None, cap: float, p: float, packed: bool
+) -> tuple[Any, ...]:
+    """What the kernels take between the steps and the tile. The shift of packed sequences is each one's own, or 0."""
     left, right, end = window
-    bounds = (None if left < 0 else left, None if right < 0 else right, n.S - n.L if end else 0)
+    shift = 0 if not end else 1 if packed else n.S - n.L
+    bounds = (None if left < 0 else left, None if right < 0 else right, shift)
     scale = max(n.E, 1) ** -0.5 if scale is None else scale
-    return n.H, n.G, n.L, n.S, *bounds, float(scale), cap or None
+    dropped = (randomness.threshold(p), 1 / (1 - p) if p < 1 else 0.0) if p else (0, 1.0)
+    return n.H, n.G, n.L, n.S, n.C, *bounds, float(scale), cap or None, *dropped
+
+
+def blocks(n: Batch, rows: int, B: int, packed: bool) -> int:
+    """How many blocks of B there are of so many rows; as `attention_loops.blocks_of`."""
+    return rows // B + n.C + 2 if packed else triton.cdiv(rows, B)
 
 
 def constants(q: Tensor, m: Tensor | None, n: Batch, kernel: str, has: int) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
@@ -152,7 +163,7 @@ def precision_of(dtype: torch.dtype, warp: int) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3" if warp == 32 else "ieee"
 
 
-def options_of(terms: Sequence[Tensor | None], window: Sequence[int], cap: float) -> int:
+def options_of(terms: Sequence[Any], window: Sequence[int], cap: float) -> int:
     """What takes registers: 0 for nothing but causal, which leaves enough for loops of their own over the tiles that need no
-    mask of places; 1 for a mask; 2 for more."""
+    mask of places; 1 for a mask; 2 for more. terms: mask, slopes, lengths, seed."""
     return 2 if cap or window[0] >= 0 or any(t is not None for t in terms[1:]) else int(terms[0] is not None)

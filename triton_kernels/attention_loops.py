@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from bptoolkit.triton_kernels.functions import tanh
+from bptoolkit.triton_kernels.randomness import hashed, keep_in_row
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -108,6 +109,45 @@ def mask_at(n, mb, mh, mg, MH, MG):
 
 
 @triton.jit
+def bound(cu, c, C, N):
+    """Where sequence c begins, of N rows; nothing is read or said that lies outside of cu's C + 1 numbers or of the rows."""
+    return tl.minimum(tl.maximum(tl.load(cu + tl.minimum(tl.maximum(c, 0), C)), 0), N).to(tl.int32)
+
+
+@triton.jit
+def sequence_at(x, cu, C, N, B: tl.constexpr):
+    """Block x of B rows is one of a sequence: its number c, its first row and its rows; and the block's first row in it.
+
+    Sequence c has the blocks from cu[c] / B + c + 1 on, as many as it needs or one more. The rows before all of the C sequences
+    and those after them are two further ones, −1 and C.
+    """
+    low, high = 0, C + 1
+    while low < high:
+        middle = (low + high) // 2
+        here = bound(cu, middle, C, N) // B + middle + 1 <= x
+        low = tl.where(here, middle + 1, low)
+        high = tl.where(here, high, middle)
+    c = low - 1
+    first = tl.where(c < 0, 0, bound(cu, c, C, N))
+    last = tl.where(c == C, N, bound(cu, c + 1, C, N))
+    i0 = (x - tl.where(c < 0, 0, first // B + c + 1)) * B
+    return c, first, tl.where(i0 < 0, 0, tl.maximum(last - first, 0)), tl.maximum(i0, 0)  # negative if cu falls
+
+
+@triton.jit
+def others(c, cu, C, N):
+    """The first row and the number of rows of sequence c in the other tensor: none outside of the sequences."""
+    first, last = bound(cu, c, C, N), bound(cu, c + 1, C, N)
+    return first, tl.where((c >= 0) & (c < C), tl.maximum(last - first, 0), 0)
+
+
+@triton.jit
+def blocks_of(N, C, cu, B: tl.constexpr):
+    """How many blocks of B there are of N rows: where sequences are packed, of all of them."""
+    return tl.cdiv(N, B) if cu is None else N // B + C + 2
+
+
+@triton.jit
 def columns_of(part: tl.constexpr, begin, full, full_end, end, SPLIT: tl.constexpr):
     """Where a part's loop begins and ends: an edge, what no edge cuts, the other edge; or all of it."""
     if not SPLIT:
@@ -121,31 +161,40 @@ def columns_of(part: tl.constexpr, begin, full, full_end, end, SPLIT: tl.constex
     return j1, j2
 
 
-@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift"])
+@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "C", "shift", "threshold"])
 def forward_kernel(
-    q, k, v, m, slopes, lengths, o, lse, top, l, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG,
-    H, G, L, S, left, right, shift, scale, cap,
+    q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, lse, top, l, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG,
+    H, G, L, S, C, left, right, shift, scale, cap, threshold, inverse,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """O, lse, top and l of rows I."""
-    blocks = tl.cdiv(L, BM)
+    blocks = blocks_of(L, C, cu_q, BM)
     pid = tl.program_id(0)
-    i0 = (blocks - 1 - pid % blocks) * BM  # those that see most first
+    block = blocks - 1 - pid % blocks  # those that see most first
     n = (pid // blocks).to(tl.int64)
+    i0, i_, j_, height, width = block * BM, 0, 0, L, S  # of packed sequences: the first row and column, the rows and columns
+    if cu_q is not None:
+        c, i_, height, i0 = sequence_at(block, cu_q, C, L, BM)
+        j_, width = others(c, cu_k, C, S)
+        shift *= width - height
+        width = tl.where(i0 < height, width, 0)
     b, h, g = n // (H * G), n // G % H, n % G
-    q += b * qb + h * qh + g * qg + wide(i0) * ql
-    k += b * kb + h * kh
-    v += b * vb + h * vh
+    q += b * qb + h * qh + g * qg + wide(i_ + i0) * ql
+    k += b * kb + h * kh + wide(j_) * ks
+    v += b * vb + h * vh + wide(j_) * vs
     if m is not None:
         m += mask_at(n, mb, mh, mg, MH, MG)
-    slope, length = None, S
+    slope, length = None, width
     if slopes is not None:
         slope = tl.load(slopes + n)
     if lengths is not None:
-        length = tl.maximum(tl.minimum(tl.load(lengths + n), S), 0)
+        length = tl.maximum(tl.minimum(tl.load(lengths + n), width), 0)
     i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    Q = rows(q, ql, L - i0, E, BM, BE, UPCAST)  # BM BE
+    at, here = n * L + (i_ + i0) + tl.arange(0, BM), tl.arange(0, BM) < height - i0
+    if seed is not None:
+        keys = hashed(at, seed)[:, None]
+    Q = rows(q, ql, height - i0, E, BM, BE, UPCAST)  # BM BE
     O = tl.zeros((BM, BV), tl.float32)
     T = tl.full((BM,), LOWEST, tl.float32)
     Z = tl.zeros((BM,), tl.float32)
@@ -154,39 +203,43 @@ def forward_kernel(
         j1, j2 = columns_of(part, begin, full, full_end, end, SPLIT)
         if part > 0 or left is not None or not SPLIT:
             for j0 in range(j1, j2, BN):
-                K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
+                K = rows(k + wide(j0) * ks, ks, width - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
                 x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
                 s, _ = scores(
-                    x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL,
+                    x, i, j, i0, j0, m, ml, ms, height, slope, left, right, shift, length, scale, cap, NATURAL,
                     not SPLIT or part != 1,
                 )  # fmt: skip
                 T1 = tl.maximum(T, tl.max(s, 1))
                 p = exponential(s - T1[:, None], NATURAL)
                 shrink = exponential(T - T1, NATURAL)
                 Z = Z * shrink + tl.sum(p, 1)
-                V = rows(v + wide(j0) * vs, vs, S - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
+                if seed is not None:
+                    p = tl.where(keep_in_row(j_ + j0 + j, keys, threshold), p, 0.0)
+                V = rows(v + wide(j0) * vs, vs, width - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
                 O = tl.dot(p.to(V.dtype), V, O * shrink[:, None], input_precision=PRECISION)
                 T = T1
     nothing = Z == 0
     Z = tl.where(nothing, 1.0, Z)
     T = tl.where(nothing, 0.0, tl.where(Z != Z, Z, T))
-    put(o + (n * L + i0) * EV, O / Z[:, None], L - i0, EV, BM, BV)
+    O /= Z[:, None]
+    if seed is not None:
+        O *= inverse
+    put(o + (n * L + i_ + i0) * EV, O, height - i0, EV, BM, BV)
     if not NATURAL:
         T1 = T
         T *= LN2
         rounded = tl.where(nothing, 0.0, T * LOG2E)  # as backward will have it; a choice keeps the product out of an fma
         Z *= tl.exp2(T1 - rounded)  # else P would not sum to 1 there where T is large
-    at, here = n * L + i0 + tl.arange(0, BM), tl.arange(0, BM) < L - i0
     tl.store(lse + at, tl.where(nothing, float("-inf"), T + tl.log(Z)), here)
     tl.store(top + at, T, here)
     tl.store(l + at, Z, here)
 
 
-@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift"])
+@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "C", "shift", "threshold"])
 def rows_kernel(
-    do, dlse, q, k, v, m, slopes, lengths, o, top, l, T_, r_, D, dq, dslopes,
+    do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, T_, r_, D, dq, dslopes,
     ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG, yb, yh, yg, yl,
-    H, G, L, S, left, right, shift, scale, cap,
+    H, G, L, S, C, left, right, shift, scale, cap, threshold, inverse,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -194,39 +247,47 @@ def rows_kernel(
 
     ob ... are the steps of do, yb ... those of o. Rows past the end get T = ∞, hence P = 0.
     """
-    blocks = tl.cdiv(L, BM)
+    blocks = blocks_of(L, C, cu_q, BM)
     pid = tl.program_id(0)
-    i0 = (blocks - 1 - pid % blocks) * BM
+    block = blocks - 1 - pid % blocks
     n = (pid // blocks).to(tl.int64)
+    i0, i_, j_, height, width = block * BM, 0, 0, L, S
+    if cu_q is not None:
+        c, i_, height, i0 = sequence_at(block, cu_q, C, L, BM)
+        j_, width = others(c, cu_k, C, S)
+        shift *= width - height
+        width = tl.where(i0 < height, width, 0)
     b, h, g = n // (H * G), n // G % H, n % G
-    at, here = n * L + i0 + tl.arange(0, BM), tl.arange(0, BM) < L - i0
-    to = (n * blocks * BM + i0) + tl.arange(0, BM)
+    at, here = n * L + (i_ + i0) + tl.arange(0, BM), tl.arange(0, BM) < height - i0
+    to = (n * blocks + block) * BM + tl.arange(0, BM)
     T = tl.load(top + at, here, other=float("inf"))
     T = T if NATURAL else T * LOG2E
     r = 1 / tl.load(l + at, here, other=1.0)
     tl.store(T_ + to, T)
     tl.store(r_ + to, r)
     if o is not None:
-        do += b * ob + h * oh + g * og + wide(i0) * ol
-        o += b * yb + h * yh + g * yg + wide(i0) * yl
-        dO = rows(do, ol, L - i0, EV, BM, BV, UPCAST)  # BM BV
-        d = tl.sum(dO.to(tl.float32) * rows(o, yl, L - i0, EV, BM, BV, False).to(tl.float32), 1)  # BM
+        do += b * ob + h * oh + g * og + wide(i_ + i0) * ol
+        o += b * yb + h * yh + g * yg + wide(i_ + i0) * yl
+        dO = rows(do, ol, height - i0, EV, BM, BV, UPCAST)  # BM BV
+        d = tl.sum(dO.to(tl.float32) * rows(o, yl, height - i0, EV, BM, BV, False).to(tl.float32), 1)  # BM
         if dlse is not None:
             d -= tl.load(dlse + at, here, other=0.0).to(tl.float32)
         tl.store(D + to, d)
     if dq is not None or dslopes is not None:
-        q += b * qb + h * qh + g * qg + wide(i0) * ql
-        k += b * kb + h * kh
-        v += b * vb + h * vh
+        q += b * qb + h * qh + g * qg + wide(i_ + i0) * ql
+        k += b * kb + h * kh + wide(j_) * ks
+        v += b * vb + h * vh + wide(j_) * vs
         if m is not None:
             m += mask_at(n, mb, mh, mg, MH, MG)
-        slope, length = None, S
+        slope, length = None, width
         if slopes is not None:
             slope = tl.load(slopes + n)
         if lengths is not None:
-            length = tl.maximum(tl.minimum(tl.load(lengths + n), S), 0)
+            length = tl.maximum(tl.minimum(tl.load(lengths + n), width), 0)
         i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-        Q = rows(q, ql, L - i0, E, BM, BE, UPCAST)  # BM BE
+        if seed is not None:
+            keys = hashed(at, seed)[:, None]
+        Q = rows(q, ql, height - i0, E, BM, BE, UPCAST)  # BM BE
         A = tl.zeros((BM, BE), tl.float32)
         F = tl.zeros((BM,), tl.float32)
         begin, full, full_end, end = seen_by(i0, BM, BN, length, left, right, shift)
@@ -234,15 +295,18 @@ def rows_kernel(
             j1, j2 = columns_of(part, begin, full, full_end, end, SPLIT)
             if part > 0 or left is not None or not SPLIT:
                 for j0 in range(j1, j2, BN):
-                    K = rows(k + wide(j0) * ks, ks, S - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
-                    V = rows(v + wide(j0) * vs, vs, S - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
+                    K = rows(k + wide(j0) * ks, ks, width - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
+                    V = rows(v + wide(j0) * vs, vs, width - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
                     x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
                     s, t = scores(
-                        x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL,
+                        x, i, j, i0, j0, m, ml, ms, height, slope, left, right, shift, length, scale, cap, NATURAL,
                         not SPLIT or part != 1,
                     )  # fmt: skip
                     p = exponential(s - T[:, None], NATURAL) * r[:, None]
-                    ds = p * (tl.dot(dO, tl.trans(V), input_precision=PRECISION) - d[:, None])
+                    dp = tl.dot(dO, tl.trans(V), input_precision=PRECISION)  # BM BN
+                    if seed is not None:
+                        dp = tl.where(keep_in_row(j_ + j0 + j, keys, threshold), dp * inverse, 0.0)
+                    ds = p * (dp - d[:, None])
                     if dslopes is not None:
                         F -= tl.sum(ds * tl.abs(i - j + (i0 + shift - j0)).to(tl.float32), 1)
                     if cap is not None:
@@ -250,16 +314,16 @@ def rows_kernel(
                     if dq is not None:
                         A = tl.dot(ds.to(K.dtype), K, A, input_precision=PRECISION)
         if dq is not None:
-            put(dq + (n * L + i0) * E, A * scale, L - i0, E, BM, BE)
+            put(dq + (n * L + i_ + i0) * E, A * scale, height - i0, E, BM, BE)
         if dslopes is not None:
-            tl.store(dslopes + pid, tl.sum(tl.where(here, F, 0.0), 0))
+            tl.store(dslopes + (n * blocks + block), tl.sum(tl.where(here, F, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift"])
+@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "C", "shift", "threshold"])
 def columns_kernel(
-    do, q, k, v, m, slopes, lengths, T_, r_, D, dk, dv,
+    do, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, T_, r_, D, dk, dv,
     ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG,
-    H, G, L, S, left, right, shift, scale, cap,
+    H, G, L, S, C, left, right, shift, scale, cap, threshold, inverse,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -268,26 +332,34 @@ def columns_kernel(
     Columns past the end have rows of dK and dV of their own, which are not written, and rows past the end have P = 0: neither
     needs a mask. BR is BM of `rows_kernel`.
     """
-    blocks = tl.cdiv(S, BN)
+    blocks = blocks_of(S, C, cu_k, BN)
     pid = tl.program_id(0)
-    j0 = pid % blocks * BN
-    c = (pid // blocks).to(tl.int64)  # B H
-    b, h = c // H, c % H
-    do += b * ob + h * oh
-    q += b * qb + h * qh
-    K = rows(k + (b * kb + h * kh + wide(j0) * ks), ks, S - j0, E, BN, BE, UPCAST)  # BN BE
+    block, stretch = pid % blocks, blocks_of(L, C, cu_q, BR) * BR
+    n0 = (pid // blocks).to(tl.int64)  # B H
+    j0, j_, i_, width, height = block * BN, 0, 0, S, L
+    if cu_k is not None:
+        c, j_, width, j0 = sequence_at(block, cu_k, C, S, BN)
+        i_, height = others(c, cu_q, C, L)
+        shift *= width - height
+        height = tl.where(j0 < width, height, 0)
+        T_ += (i_ // BR + c + 1) * BR
+        r_ += (i_ // BR + c + 1) * BR
+        D += (i_ // BR + c + 1) * BR
+    b, h = n0 // H, n0 % H
+    do += b * ob + h * oh + wide(i_) * ol
+    q += b * qb + h * qh + wide(i_) * ql
+    K = rows(k + (b * kb + h * kh + wide(j_ + j0) * ks), ks, width - j0, E, BN, BE, UPCAST)  # BN BE
     if dk is not None:
-        V = rows(v + (b * vb + h * vh + wide(j0) * vs), vs, S - j0, EV, BN, BV, UPCAST)  # BN BV
+        V = rows(v + (b * vb + h * vh + wide(j_ + j0) * vs), vs, width - j0, EV, BN, BV, UPCAST)  # BN BV
         dK = tl.zeros((BN, BE), tl.float32)
     if dv is not None:
         dV = tl.zeros((BN, BV), tl.float32)
     EDGE: tl.constexpr = left is not None or right is not None or lengths is not None
     j, i = tl.arange(0, BN)[:, None], tl.arange(0, BM)[None, :]
-    stretch = tl.cdiv(L, BR) * BR
-    begin, _, _, end = seen_by(j0, BN, BM, L, right, left, -shift)
+    begin, _, _, end = seen_by(j0, BN, BM, height, right, left, -shift)
     for g in range(0, G):
-        n = c * G + g
-        slope, length, mask = None, S, None
+        n = n0 * G + g
+        slope, length, mask = None, width, None
         if m is not None:
             mask = m + mask_at(n, mb, mh, mg, MH, MG)
         if slopes is not None:
@@ -298,21 +370,32 @@ def columns_kernel(
             last = tl.where(length > j0, end, begin)
         for i0 in range(begin, last, BM):
             at = n * stretch + i0 + tl.arange(0, BM)
-            Q = rows(q + (wide(g) * qg + wide(i0) * ql), ql, L - i0, E, BM, BE, UPCAST)  # BM BE
-            dO = rows(do + (wide(g) * og + wide(i0) * ol), ol, L - i0, EV, BM, BV, UPCAST)  # BM BV
+            Q = rows(q + (wide(g) * qg + wide(i0) * ql), ql, height - i0, E, BM, BE, UPCAST)  # BM BE
+            dO = rows(do + (wide(g) * og + wide(i0) * ol), ol, height - i0, EV, BM, BV, UPCAST)  # BM BV
             x = tl.dot(K, tl.trans(Q), input_precision=PRECISION)  # BN BM
             s, t = scores(
-                x, i, j, i0, j0, mask, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, EDGE
+                x, i, j, i0, j0, mask, ml, ms, height, slope, left, right, shift, length, scale, cap, NATURAL, EDGE
             )  # fmt: skip
             p = exponential(s - tl.load(T_ + at)[None, :], NATURAL) * tl.load(r_ + at)[None, :]
+            if seed is not None:
+                keys = hashed(n * L + (i_ + i0) + tl.arange(0, BM), seed)[None, :]
+                kept = keep_in_row(j_ + j0 + j, keys, threshold)
             if dv is not None:
-                dV = tl.dot(p.to(dO.dtype), dO, dV, input_precision=PRECISION)
+                pz = p
+                if seed is not None:
+                    pz = tl.where(kept, p, 0.0)
+                dV = tl.dot(pz.to(dO.dtype), dO, dV, input_precision=PRECISION)
             if dk is not None:
-                ds = p * (tl.dot(V, tl.trans(dO), input_precision=PRECISION) - tl.load(D + at)[None, :])
+                dp = tl.dot(V, tl.trans(dO), input_precision=PRECISION)  # BN BM
+                if seed is not None:
+                    dp = tl.where(kept, dp * inverse, 0.0)
+                ds = p * (dp - tl.load(D + at)[None, :])
                 if cap is not None:
                     ds *= 1 - t * t
                 dK = tl.dot(ds.to(Q.dtype), Q, dK, input_precision=PRECISION)
     if dk is not None:
-        put(dk + (c * S + j0) * E, dK * scale, S - j0, E, BN, BE)
+        put(dk + (n0 * S + j_ + j0) * E, dK * scale, width - j0, E, BN, BE)
     if dv is not None:
-        put(dv + (c * S + j0) * EV, dV, S - j0, EV, BN, BV)
+        if seed is not None:
+            dV *= inverse
+        put(dv + (n0 * S + j_ + j0) * EV, dV, width - j0, EV, BN, BV)

@@ -155,4 +155,4 @@ STATED: dict[str, Any] = {
     "uses": {"v": "q k m slopes lengths seed cu_q cu_k top l"},
 }
 RULE = Rule("attention", forward, backward, **STATED, kernel=_kernel)
-PACKED_RULE = Rule("packed_attention", forward, backward, **STATED)
+PACKED_RULE = Rule("packed_attention", forward, backward, **STATED, kernel=_kernel)

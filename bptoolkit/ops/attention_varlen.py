@@ -123,9 +123,7 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> tuple[Tensor, Te
         raise ValueError(f"{NAME}: {heads}; query's must be a multiple of the others")
     if Hk != Hv:
         return q, k.repeat_interleave(H // Hk, 0), v.repeat_interleave(H // Hv, 0), False
-    q = q.unflatten(0, (Hk, H // Hk))
-    k, v = (t.unsqueeze(1).expand(-1, H // Hk, -1, -1) for t in (k, v))
-    return q, k, v, True
+    return q.unflatten(0, (Hk, H // Hk)), k.unsqueeze(1), v.unsqueeze(1), True
 
 
 def is_nested(*tensors: Any) -> bool:
