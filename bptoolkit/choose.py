@@ -17,6 +17,7 @@ class State(NamedTuple):
     transforms: bool  # a functorch transform (vmap, grad, jvp) or forward-mode AD is active
     grad_mode: bool  # backward runs with grad mode on (create_graph=True)
     unsupported: str | None  # why the kernel cannot take these tensors, or None
+    on_request: str | None = None  # why "auto" leaves to the eager rule what the kernel can take, or None
 
 
 class Choice(NamedTuple):
@@ -29,8 +30,8 @@ class Choice(NamedTuple):
 def choose(state: State, op: str = "") -> Choice:
     """Choose the rules for a call. `op` is named in the errors.
 
-    "auto" may fall back to the eager rule; "eager" and "triton" by name run or raise with the reason. A backward with grad
-    mode on is always eager: it is the rule that can be differentiated again.
+    "auto" may fall back to the eager rule, and does where the kernel runs on request only; "eager" and "triton" by name run or
+    raise with the reason. A backward with grad mode on is always eager: it is the rule that can be differentiated again.
 
     Raises:
         ValueError: the backend is not known, or was asked for by name and cannot run.
@@ -49,6 +50,8 @@ def choose(state: State, op: str = "") -> Choice:
         obstacle = "a functorch transform or forward mode is active"
     elif state.unsupported is not None:
         obstacle = state.unsupported
+    elif state.backend == "auto" and state.on_request is not None:
+        obstacle = state.on_request
     else:
         return Choice("triton", "asked for by name" if state.backend == "triton" else "a fused kernel takes this call")
     if state.backend == "triton":

@@ -108,6 +108,7 @@ def pick(name: str, rule: Rule, backend: str, *args: Any) -> str:
         return "eager"  # as choose() says; most calls end here
     on_device = rule.kernel is not None and all(kernels.runs_on(t.device.type) for t in args if isinstance(t, Tensor))
     unsupported = kernels.unsupported(rule, *args) if on_device else None
+    on_request = kernels.on_request(rule) if on_device else None
     watched = _transforms_active() or forward_ad._current_level >= 0
-    state = State(backend, "forward", rule.kernel is not None, on_device, watched, False, unsupported)
+    state = State(backend, "forward", rule.kernel is not None, on_device, watched, False, unsupported, on_request)
     return choose(state, name).rule

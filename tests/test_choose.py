@@ -17,13 +17,17 @@ from bptoolkit.choose import BACKENDS, State, choose
 FALSE_TRUE = (False, True)
 TABLE = [
     State(*cell)
-    for cell in product(BACKENDS, ("forward", "backward"), FALSE_TRUE, FALSE_TRUE, FALSE_TRUE, FALSE_TRUE, (None, "too long"))
+    for cell in product(
+        BACKENDS, ("forward", "backward"), *(FALSE_TRUE,) * 4, (None, "too long"), (None, "the vendor's is the default")
+    )
 ]
 
 
 def expected(s: State) -> str:
     """The rule, or the reason why a backend by name cannot run; stated on its own, in another order than `choose`."""
     differentiated = s.phase == "backward" and s.kernel and (s.grad_mode or s.transforms)
+    if s.on_request and s.backend == "auto":
+        return "eager"
     if s.backend != "eager" and s.kernel and s.on_device and not s.transforms and not s.unsupported and not differentiated:
         return "triton"
     if s.backend != "triton" or differentiated:
@@ -47,7 +51,7 @@ def test_table(state):
 
 
 def test_table_is_whole():
-    assert len(set(TABLE)) == len(TABLE) == 3 * 2**6
+    assert len(set(TABLE)) == len(TABLE) == 3 * 2**7
     assert {choose(s).rule for s in TABLE if s.backend == "auto"} == {"eager", "triton"}
 
 

@@ -1,7 +1,7 @@
 """Depthwise convolution over one or two dimensions, a kernel for each channel. For the maths see the op of this name.
 
 A tile is BC channels × BP positions of an image, its last axis the one that is dense in memory: channels in channels_last, else
-positions. One dimension is an image of height 1. Dense convolution is a matrix product, and the vendor's.
+positions. One dimension is an image of height 1. Dense convolution is in conv_dense.py.
 
 apply      one program a tile of what comes out, of y or of dx, which gathers what it meets: nothing is scattered
 sums       dw and db: a program walks over tiles of dy and keeps a sum for each of the kernel's elements in registers; the
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bptoolkit.ops.conv import RULE
+from bptoolkit.triton_kernels import conv_dense
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense, programs
 from bptoolkit.triton_kernels.operator import operator
@@ -260,12 +261,7 @@ def backward(dy, x, w, stride, padding, dilation, tail, groups, need):
 
 def unsupported(x, w, b, stride, padding, dilation, tail, groups) -> str | None:
     """Why the kernel cannot take the call, or None."""
-    K, C = prod(w.shape[2:]), x.shape[1]
-    if not groups == C == w.shape[0]:
-        return (
-            f"dense convolution belongs to the vendor's library: the fused kernel is depthwise, {C} channels in {C} groups to "
-            f"{C} channels, not in groups={groups} to {w.shape[0]}"
-        )
+    K = prod(w.shape[2:])
     if K > LARGEST:
         return f"the fused kernel takes kernels of {LARGEST} elements at most, not {K}"
     if prod([m + 2 * p for m, p in zip(x.shape[2:], padding)]) >= 2**30:  # a list: Dynamo knows no prod of a generator
@@ -277,8 +273,8 @@ KERNEL = Kernel(forward, backward, unsupported)
 
 
 def specs(warp: int) -> list[Spec]:
-    """The kernels at the shipped configurations: both layouts, small and large kernels, stride 2."""
-    every = []
+    """The kernels at the shipped configurations: both layouts, small and large kernels, stride 2; and the dense ones'."""
+    every = conv_dense.compilations(warp)
     narrow = "positions are not aligned, and neighbouring threads read neighbouring elements"
     for t, size in (("bf16", 2), ("fp32", 4)):
         for last in (False, True):

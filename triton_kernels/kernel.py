@@ -19,11 +19,13 @@ class Kernel(NamedTuple):
         forward: as `Rule.forward`.
         backward: as `Rule.backward`.
         unsupported: the rule's inputs and options -> why the kernel cannot take the call, or None.
+        on_request: why backend="auto" leaves every call to the eager rule, so that the kernel runs by name alone; or None.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     unsupported: Callable[..., str | None]
+    on_request: str | None = None
 
 
 def computed_in_float32(x: Tensor) -> str | None:

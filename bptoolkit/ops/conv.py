@@ -68,9 +68,15 @@ def kernel():
     return KERNEL
 
 
+def dense_kernel():
+    from bptoolkit.triton_kernels.conv_dense import KERNEL
+
+    return KERNEL
+
+
 KEPT = {"x": "w", "w": "x w", "b": ""}
 RULE = Rule("conv", forward, backward, inputs="x w b", outputs="y", uses=KEPT, kernel=kernel)
-RULE_3D = Rule("conv3d", forward, backward, inputs="x w b", outputs="y", uses=KEPT)
+DENSE = Rule("conv_dense", forward, backward, inputs="x w b", outputs="y", uses=KEPT, kernel=dense_kernel)
 
 
 def _ints(op: str, name: str, value: Any, n: int, least: int) -> tuple[int, ...]:
@@ -117,7 +123,8 @@ def arguments(
 
 def _convolve(op: Op, input: Tensor, weight: Tensor, *options: Any, backend: str) -> Tensor:
     args = arguments(op, input, weight, *options)
-    rule = op.rules[0]
+    O, I, *K = weight.shape
+    rule = RULE if options[-1] == O and I == 1 and len(K) < 3 else DENSE  # a kernel for each channel has a file of its own
     y = rule(*args, backend=op.pick(rule, backend, *args))
     return y if input.dim() == weight.dim() else y.squeeze(0)
 
@@ -175,7 +182,7 @@ def conv2d(
         padding: zeros on both sides, likewise; or "valid" (none), or "same" (the output has the input's size; stride 1 only).
         dilation: the spacing of the kernel's elements, likewise.
         groups: blocks of channels that do not see each other; divides C and O.
-        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
+        backend: "auto", "eager" or "triton"; see `bptoolkit.choose`. "auto" leaves dense convolution to the vendor's library.
 
     Returns:
         (N, O, H', W') or (O, H', W'), H' = ⌊(H + 2 padding − dilation (kH − 1) − 1) / stride⌋ + 1; channels_last as the input.
@@ -308,7 +315,7 @@ def _op(call: Any, reference: Any, module: Any, shapes: str, **kw: Any) -> Op:
         name=call.__name__,
         call=call,
         reference=reference,
-        rules=(RULE if module is not Conv3d else RULE_3D, PAD_RULE),
+        rules=(DENSE, PAD_RULE) if module is Conv3d else (RULE, DENSE, PAD_RULE),
         module=(module,),
         replaces=(module.__base__,),
         shapes=shapes,
