@@ -123,6 +123,13 @@ def convolution_activation(d: Draw, toy: int) -> Case:
     return Case((x, d.tensor(C, C, 3, 3, scale=(9 * C) ** -0.5), d.tensor(C)), {"padding": 1})
 
 
+def convolution_batch_norm_relu(d: Draw, toy: int) -> Case:
+    x = images(64, 256, 56, last=True)(d, toy)
+    C = x.shape[1]
+    w = d.tensor(C, C, 3, 3, scale=(9 * C) ** -0.5)
+    return Case((x, w, None, None, None, d.tensor(C), d.tensor(C), 1, 1), {"training": True})
+
+
 def causal_conv1d(d: Draw, toy: int) -> Case:
     B, D, L = toyed(8, toy), toyed(4096, toy * toy), toyed(4096, toy * toy)
     return Case((d.tensor(B, D, L), d.tensor(D, 4), d.tensor(D)), {"activation": "silu"})
@@ -210,6 +217,7 @@ CASES: Mapping[str, Mapping[str, Make]] = {
     "causal_conv1d": {"state-space model": causal_conv1d},
     "conv2d": {"depthwise": depthwise(False), "depthwise, channels last": depthwise(True)},
     "conv2d_activation": {"3 × 3": convolution_activation},
+    "conv2d_batch_norm_relu": {"3 × 3": convolution_batch_norm_relu},
     "scaled_dot_product_attention": {
         f"L {L}, E {E}{', causal' * causal}": attention(L, E, causal)
         for L, E, causal in ((1024, 64, False), (4096, 128, False), (4096, 128, True), (16384, 128, True))

@@ -47,6 +47,7 @@ from bptoolkit.ops.conv import conv1d as conv1d
 from bptoolkit.ops.conv import conv2d as conv2d
 from bptoolkit.ops.conv import conv3d as conv3d
 from bptoolkit.ops.conv_activation import conv2d_activation as conv2d_activation
+from bptoolkit.ops.conv_batch_norm_relu import conv2d_batch_norm_relu as conv2d_batch_norm_relu
 from bptoolkit.ops.conv_transpose import conv_transpose1d as conv_transpose1d
 from bptoolkit.ops.conv_transpose import conv_transpose2d as conv_transpose2d
 from bptoolkit.ops.conv_transpose import conv_transpose3d as conv_transpose3d

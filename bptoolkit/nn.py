@@ -53,6 +53,7 @@ from bptoolkit.ops.conv import Conv1d as Conv1d
 from bptoolkit.ops.conv import Conv2d as Conv2d
 from bptoolkit.ops.conv import Conv3d as Conv3d
 from bptoolkit.ops.conv_activation import ConvActivation2d as ConvActivation2d
+from bptoolkit.ops.conv_batch_norm_relu import ConvBatchNormReLU2d as ConvBatchNormReLU2d
 from bptoolkit.ops.conv_transpose import ConvTranspose1d as ConvTranspose1d
 from bptoolkit.ops.conv_transpose import ConvTranspose2d as ConvTranspose2d
 from bptoolkit.ops.conv_transpose import ConvTranspose3d as ConvTranspose3d

@@ -79,6 +79,7 @@ CALLS = {  # (length, what is added to the batch) -> arguments; every size diffe
     "rrelu": lambda n, s: (r(20 + s, n), 0.1, 0.3, False),
     "batch_norm": lambda n, s: (r(20 + s, 3, n), None, None, r(3), r(3), True),
     "batch_norm_relu": lambda n, s: (r(20 + s, 3, n), None, None, r(3), r(3), True),
+    "conv2d_batch_norm_relu": lambda n, s: (r(20 + s, 3, n, n + 40), r(5, 3, 2, 4), *3 * (None,), r(5), r(5), 1, 0, 1, 1, True),
     "group_norm": lambda n, s: (r(20 + s, 6, n), 2, r(6), r(6)),
     "instance_norm": lambda n, s: (r(20 + s, 3, n), None, None, r(3), r(3)),
     "rms_norm": lambda n, s: (r(20 + s, n, 6), (6,), r(6)),

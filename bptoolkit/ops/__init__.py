@@ -29,6 +29,7 @@ NAMES = (
     "layer_norm",
     "batch_norm",
     "batch_norm_relu",
+    "conv_batch_norm_relu",
     "group_norm",
     "instance_norm",
     "rms_norm",

@@ -136,15 +136,22 @@ def checked(
     check_input(op, input)
     C = input.shape[1]
     check_per_channel(op, input, C, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check_options(op, input.shape, running_mean, running_var, training, eps)
+    return input, weight, bias, running_mean, running_var, bool(training), momentum, eps
+
+
+def check_options(
+    op: str, shape: Any, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float
+) -> None:
+    """What must go together to normalize a tensor of this shape."""
     check_eps(op, eps, positive=training)
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{op}: {missing} is None but the other is not; give both running statistics or neither")
     if not training and running_mean is None:
         raise ValueError(f"{op}: running_mean and running_var are None; training=False needs them")
-    if training and input.shape[0] * prod(input.shape[2:]) == 1:
-        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, one value per channel; training=True needs more")
-    return input, weight, bias, running_mean, running_var, bool(training), momentum, eps
+    if training and shape[0] * prod(shape[2:]) == 1:
+        raise ValueError(f"{op}: input has shape {tuple(shape)}, one value per channel; training=True needs more")
 
 
 def run(call: Callable[..., Tensor], module: Any, input: Tensor) -> Tensor:
