@@ -5,7 +5,8 @@ An op states `forward` and `backward` as plain functions in the letters of the m
 - reverse mode    an `autograd.Function` over the two rules;
 - higher order    `backward` is plain torch over *inputs and outputs*, so autograd differentiates it again. Whatever else it
                   would like to keep (cell states, log-sum-exp, statistics) is a further output of `forward`;
-- forward mode    u ↦ backward(u) is linear, with matrix Jᵀ; its own vjp is therefore J, and `jvp` is never written by hand;
+- forward mode    u ↦ backward(u) is linear, with matrix Jᵀ; its own vjp is therefore J, and `jvp` is not written by hand (a rule
+                  whose backward has a vjp of its own may name it: `push`);
 - vmap            functorch batches both rules (`generate_vmap_rule`);
 - torch.compile   Dynamo sees the one call `in_graph(...)` and leaves its inside to AOTAutograd, which traces both rules.
 
@@ -49,6 +50,8 @@ class Rule:
         uses: input letter -> the saved letters its gradient uses; what no needed gradient uses is not saved. An input that
             is left out uses everything.
         constants: outputs without a derivative (masks, indices).
+        push: `push(tangents, *args)` -> the tangents of the outputs that are not constants, from those of the inputs (None: none)
+            and the arguments of backward, its cotangents zeros; for a backward whose transpose can be had without running it.
         kernel: imports and returns the `bptoolkit.triton_kernels.kernel.Kernel` that has the same two rules, fused; or None.
             (A function with the import written out, which Dynamo can follow; the first call that uses it imports Triton.)
 
@@ -68,9 +71,10 @@ class Rule:
         outputs: str,
         uses: Mapping[str, str] | None = None,
         constants: str = "",
+        push: Callable[..., Any] | None = None,
         kernel: Callable[[], Any] | None = None,
     ) -> None:
-        self.name, self.forward, self.backward, self.kernel = name, forward, backward, kernel
+        self.name, self.forward, self.backward, self.push, self.kernel = name, forward, backward, push, kernel
         self.inputs, self.outputs, self.constants = (
             tuple(inputs.split()),
             tuple(outputs.split()),
@@ -189,6 +193,18 @@ def _legacy_batched(args: Any) -> bool:
     return any(isinstance(t, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(t) for t in args)
 
 
+def vmap_active() -> bool:
+    """Whether a transform that is active may batch tensors; under torch.compile, where one cannot ask, any may."""
+    if not _transforms_active():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    from torch._C._functorch import TransformType
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    return any(i.key() == TransformType.Vmap for i in retrieve_all_functorch_interpreters())
+
+
 def refuse_nested_forward_mode(name: str) -> None:
     """Raise where torch would silently return zeros: forward mode over forward mode of a custom Function."""
     if not _transforms_active():
@@ -277,20 +293,24 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
 
     nothing = (None,) * len(rule.options)  # the gradients of the options
 
-    def kernel_of(backend: str, phase: str, cotangents: tuple[Any, ...] = ()) -> Any:
-        """The module or rule whose forward or backward runs, where the forward's backend is not the eager one."""
+    def again(backend: str) -> tuple[Any, Any]:
+        """The backward that can be differentiated again, pushed forward and batched; and `push` of its."""
+        kernel = rule.kernel() if rule.kernel is not None and backend != "eager" else None
+        return (rule.backward, rule.push) if kernel is None or kernel.again is None else (kernel.again, kernel.push)
+
+    def backward_of(backend: str, cotangents: tuple[Any, ...]) -> Any:
+        """Which backward runs, where the forward's backend is not the eager one."""
         assert rule.kernel is not None
-        backward = phase == "backward"
-        watched = backward and (_transforms_active() or _legacy_batched(cotangents))
-        state = State("auto", phase, True, True, watched, backward and torch.is_grad_enabled(), None)
-        return rule.kernel() if choose(state).rule == backend else rule
+        watched = _transforms_active() or _legacy_batched(cotangents)
+        state = State("auto", "backward", True, True, watched, torch.is_grad_enabled(), None)
+        return rule.kernel().backward if choose(state).rule == backend else again(backend)[0]
 
     class F(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(backend: str, *args: Any) -> Any:
-            run = (rule if backend == "eager" else kernel_of(backend, "forward")).forward
+            run = (rule if backend == "eager" or rule.kernel is None else rule.kernel()).forward
             if _hidden or _autocast():
                 with _Apart():
                     out = run(*args)
@@ -326,7 +346,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
             backend, options = ctx.call
             need, _ = rule.needed(ctx.needs_input_grad[1 : n + 1])
             args = rule.arrange((*cotangents, *ctx.saved_tensors, *options, need))
-            run = (rule if backend == "eager" else kernel_of(backend, "backward", cotangents)).backward
+            run = rule.backward if backend == "eager" else backward_of(backend, cotangents)
             if _hidden or _autocast():
                 with _Apart():
                     grads = run(*args)
@@ -339,19 +359,27 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
             refuse_nested_forward_mode(rule.name)
             need: Any = rule.Need(*[t is not None for t in tangents[:n]])
             saved = primals(ctx.saved_tensors)
+            backend, options = ctx.call
+            run, push = again(backend)
             live = [k for k in range(len(rule.outputs)) if k not in constants]
 
-            def transpose(*us: Any) -> Any:
+            def arguments(us: Any) -> list[Any]:
                 cotangents: list[Any] = [None] * len(rule.outputs)
                 for k, u in zip(live, us):
                     cotangents[k] = u
-                grads = rule.backward(*rule.arrange((*cotangents, *saved, *ctx.call[1], need)))
+                return rule.arrange((*cotangents, *saved, *options, need))
+
+            def transpose(*us: Any) -> Any:
+                grads = run(*arguments(us))
                 return tuple(g for g, wanted in zip(grads if n > 1 else (grads,), need) if wanted)
 
             like = [ctx.like[k] for k in live]
             with _Apart():
                 zeros = [torch.zeros(s, dtype=d, device=v) for s, d, v in like]
-                pushed = torch.func.vjp(transpose, *zeros)[1](tuple(t for t in tangents[:n] if t is not None))
+                if push is not None:
+                    pushed = push(tangents[:n], *arguments(zeros))
+                else:
+                    pushed = torch.func.vjp(transpose, *zeros)[1](tuple(t for t in tangents[:n] if t is not None))
             out: list[Any] = [None] * len(rule.outputs)
             for k, p in zip(live, pushed):
                 out[k] = p

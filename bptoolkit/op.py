@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from bptoolkit import kernels
 from bptoolkit.cases import Case, Draw, from_shapes
 from bptoolkit.choose import State, choose
-from bptoolkit.function import Rule
+from bptoolkit.function import Rule, vmap_active
 from bptoolkit.shapes import Shapes
 
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -110,5 +110,7 @@ def pick(name: str, rule: Rule, backend: str, *args: Any) -> str:
     unsupported = kernels.unsupported(rule, *args) if on_device else None
     on_request = kernels.on_request(rule) if on_device else None
     watched = _transforms_active() or forward_ad._current_level >= 0
+    if watched and on_device and rule.kernel is not None and rule.kernel().again is not None:
+        watched = vmap_active()  # of all other transforms the kernel's forward sees nothing
     state = State(backend, "forward", rule.kernel is not None, on_device, watched, False, unsupported, on_request)
     return choose(state, name).rule

@@ -23,7 +23,9 @@ from bptoolkit.triton_kernels.randomness import hashed, keep_in_row
 PROGRAMS = 512  # enough for the widest part; the sums of parts so take at most this many tiles
 
 
-@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "C", "shift", "threshold", "O1", "O2", "N1", "N2", "count", "parts"])
+@triton.jit(
+    do_not_specialize=["MH", "MG", "H", "G", "L", "S", "C", "shift", "threshold", "O1", "O2", "N1", "N2", "count", "parts"]
+)
 def mask_kernel(
     do, q, k, v, m, slopes, lengths, seed, T_, r_, D, dm,
     ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG, O1, O2, N1, N2, count, parts,

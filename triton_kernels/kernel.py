@@ -20,12 +20,16 @@ class Kernel(NamedTuple):
         backward: as `Rule.backward`.
         unsupported: the rule's inputs and options -> why the kernel cannot take the call, or None.
         on_request: why backend="auto" leaves every call to the eager rule, so that the kernel runs by name alone; or None.
+        again: as `backward`, but it can be differentiated again, pushed forward and batched; None where that is the eager rule's.
+        push: as `Rule.push`, of `again`.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     unsupported: Callable[..., str | None]
     on_request: str | None = None
+    again: Callable[..., Any] | None = None
+    push: Callable[..., Any] | None = None
 
 
 def computed_in_float32(x: Tensor) -> str | None:

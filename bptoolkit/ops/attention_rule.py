@@ -31,6 +31,7 @@ reverse over forward mode are autograd's of it.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -60,6 +61,18 @@ def _forward_fake(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, 
 ATTEND = Opaque("attention", plain.forward, _forward_fake, vmap="leading", fast=_forward_fast)
 
 
+def _of_groups(backward):
+    """backward at k and v that a group of heads may share: their gradients are sums over it."""
+
+    @wraps(backward)
+    def run(do, dlse, q, k, v, *rest):
+        dq, dk, dv, *others = backward(do, dlse, q, shared(k, q), shared(v, q), *rest)
+        need = rest[-1]
+        return dq, summed(dk, k, "k" in need), summed(dv, k, "v" in need), *others
+
+    return run
+
+
 def _backward_fast(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
     terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
     if cu_q is None:
@@ -75,44 +88,71 @@ def _backward_fake(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, t
     return tuple(q.new_empty(like[x][0], dtype=like[x][1].dtype) if x in need else nothing(q) for x in "qkvms")
 
 
-def _double(cotangents, need, *args):
-    """The vjp of backward. `need`: do, dlse, q, k, v, m, slopes, and what has none: integers; the hints o, top, l."""
-    do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, asked = args
-    cotangents = [g if x in asked else None for g, x in zip(cotangents, "qkvms")]
-    wanted = "".join(x for x, n in zip("olqkvms", need) if n)
-    if all(g is None for g in cotangents):
-        return [None if not n else torch.zeros_like(t) for n, t in zip(need, args)]
+def double_plain(a, b, c, e, f, wanted, args):
+    do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, _ = args
+    K, V, b, c = (shared(t, q) for t in (k, v, b, c))
     terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
-    if _transforms_active() or _legacy_batched((*cotangents, *args)):
-        grads = plain.double_backward(*cotangents, do, dlse, q, k, v, cu_q, cu_k, terms, wanted)
+    grads = plain.double_backward(a, b, c, e, f, do, dlse, q, K, V, cu_q, cu_k, terms, wanted)
+    return _summed_twice(grads, k)
+
+
+def double_fast(a, b, c, e, f, wanted, args):
+    """The vjp of backward by tiles, at the cotangents a ... f; the letters of `wanted` are "o" for do, "l" for dlse, "qkvms"."""
+    do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, _ = args
+    K, V, b, c = (shared(t, q) for t in (k, v, b, c))
+    terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
+    if cu_q is None:
+        grads = blocks.double_backward(a, b, c, e, f, do, dlse, q, K, V, o, top, l, terms, wanted)
     else:
+        grads = packed.double_backward(a, b, c, e, f, do, dlse, q, K, V, o, top, l, cu_q, cu_k, terms, wanted)
+    return _summed_twice(grads, k)
+
+
+def _summed_twice(grads, k):
+    gdo, gdlse, gq, gk, gv, *others = grads
+    return gdo, gdlse, gq, summed(gk, k, gk is not None), summed(gv, k, gv is not None), *others
+
+
+def backward_node(name: str, fast: Any, double: Any) -> Opaque:
+    """backward as a node that can be differentiated again, pushed forward and batched.
+
+    Args:
+        name: of the operator.
+        fast: what it runs, with the parameters of `plain.backward`.
+        double: what its vjp runs, with those of `double_fast`; only on plain tensors, of which nothing is differentiated again.
+    """
+
+    def vjp(cotangents: Any, need: Any, *args: Any) -> list[Any]:
+        """`need`: do, dlse, q, k, v, m, slopes, and what has none: integers; the hints o, top, l."""
+        cotangents = [g if x in args[-1] else None for g, x in zip(cotangents, "qkvms")]
+        wanted = "".join(x for x, n in zip("olqkvms", need) if n)
+        if all(g is None for g in cotangents):
+            return [None if not n else torch.zeros_like(t) for n, t in zip(need, args)]
+        if _transforms_active() or _legacy_batched((*cotangents, *args)):
+            return [*double_plain(*cotangents, wanted, args), *(None,) * 7]
         with torch.no_grad():
-            if cu_q is None:
-                grads = blocks.double_backward(*cotangents, do, dlse, q, k, v, o, top, l, terms, wanted)
-            else:
-                grads = packed.double_backward(*cotangents, do, dlse, q, k, v, o, top, l, cu_q, cu_k, terms, wanted)
-    return [*grads, *(None,) * 7]
+            return [*double(*cotangents, wanted, args), *(None,) * 7]
+
+    def jvp(tangents: Any, *args: Any) -> tuple[Tensor, ...]:
+        """Linear in do and dlse; in the other inputs its Jacobian is a Hessian, hence its own transpose."""
+        ddo, ddlse, *others = tangents[:7]
+        do, q, asked = args[0], args[2], args[-1]
+        asked_of = [x in asked for x in "qkvms"]
+        out: list[Any] = [None] * 5
+        if ddo is not None or ddlse is not None:
+            linear = node(torch.zeros_like(do) if ddo is None else ddo, ddlse, *args[2:])
+            out = [t if n else None for t, n in zip(linear, asked_of)]
+        if any(t is not None for t in others):
+            need = [False, False, *asked_of, *(False,) * 7]
+            second = node.vjp(others, need, *args[:-1], "qkvms")[2:7]
+            out = [x if y is None else y if x is None else x + y for x, y in zip(out, second)]
+        return tuple(torch.zeros_like(nothing(q)) if t is None else t for t in out)
+
+    node = Opaque(name, _of_groups(plain.backward), _backward_fake, vmap="leading", vjp=vjp, jvp=jvp, fast=fast)
+    return node
 
 
-def _push(tangents, *args):
-    """The jvp of backward: linear in do and dlse; in the other inputs its Jacobian is a Hessian, hence its own transpose."""
-    ddo, ddlse, *others = tangents[:7]
-    do, q, asked = args[0], args[2], args[-1]
-    asked_of = [x in asked for x in "qkvms"]
-    out = [None] * 5
-    if ddo is not None or ddlse is not None:
-        first = BACKWARD(torch.zeros_like(do) if ddo is None else ddo, ddlse, *args[2:])
-        out = [t if n else None for t, n in zip(first, asked_of)]
-    if any(t is not None for t in others):
-        need = [False, False, *asked_of, *(False,) * 7]
-        second = BACKWARD.vjp(others, need, *args[:-1], "qkvms")[2:7]
-        out = [x if y is None else y if x is None else x + y for x, y in zip(out, second)]
-    return tuple(torch.zeros_like(nothing(q)) if t is None else t for t in out)
-
-
-BACKWARD = Opaque(
-    "attention_backward", plain.backward, _backward_fake, vmap="leading", vjp=_double, jvp=_push, fast=_backward_fast
-)
+BACKWARD = backward_node("attention_backward", _of_groups(_backward_fast), double_fast)
 
 
 # The rule ------------------------------------------------------------------------------------------------------------------
@@ -123,18 +163,32 @@ def forward(q, k, v, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p
 
 
 def backward(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
+    return run_backward(
+        BACKWARD, do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need
+    )
+
+
+def run_backward(node, do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
     asked = "".join(x for x, n in zip("qkvms", need) if n)
     if do is None:  # only lse was used, which does not depend on v
         if v is None:
             return (None,) * 9
         do = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     # o, top and l tell the tiles what they need not recompute; how they depend on the inputs is inside the formulas
-    o, K, V = None if o is None else o.detach(), shared(k, q), shared(v, q)
-    grads = BACKWARD(do, dlse, q, K, V, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, asked)
-    dq, dk, dv, dm, dslopes = (g if n else None for g, n in zip(grads, need))
-    if K is not k:
-        dk, dv = (None if g is None else g.sum(-3, keepdim=True) for g in (dk, dv))
-    return dq, dk, dv, dm, dslopes, None, None, None, None
+    o = None if o is None else o.detach()
+    grads = node(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, asked)
+    return *(g if n else None for g, n in zip(grads, need)), None, None, None, None
+
+
+def push(tangents, do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
+    args = do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p
+    return push_by(BACKWARD, tangents, args, need)
+
+
+def push_by(node, tangents, args, need):
+    """The tangents of o and lse. backward is linear in do and dlse, with matrix Jᵀ; its vjp by them is J, wherever they are."""
+    asked = "".join(x for x, n in zip("qkvms", need) if n)
+    return node.vjp(tangents[:5], [True, True, *(False,) * 12], *args, asked)[:2]
 
 
 def shared(t: Any, q: Tensor) -> Any:
@@ -142,8 +196,13 @@ def shared(t: Any, q: Tensor) -> Any:
     return t if t is None or t.shape[:-2] == q.shape[:-2] else t.expand(*q.shape[:-2], *t.shape[-2:])
 
 
+def summed(g: Any, k: Tensor, there: bool) -> Any:
+    """The gradient of k or v, summed over the group that shares it; `there`: it was asked for."""
+    return g.sum(-3, keepdim=True) if there and g.shape[:-2] != k.shape[:-2] else g
+
+
 def _kernel():
-    from bptoolkit.triton_kernels.attention import KERNEL
+    from bptoolkit.triton_kernels.attention_double import KERNEL
 
     return KERNEL
 
@@ -152,6 +211,7 @@ STATED: dict[str, Any] = {
     "inputs": "q k v m slopes lengths seed cu_q cu_k",
     "outputs": "o lse top l",
     "constants": "top l",
+    "push": push,
     "uses": {"v": "q k m slopes lengths seed cu_q cu_k top l"},
 }
 RULE = Rule("attention", forward, backward, **STATED, kernel=_kernel)

@@ -250,9 +250,9 @@ def test_no_tensor_of_L_by_S_is_made(packed):
     with Largest() as mode, torch.no_grad():
         o, _, top, l = attention_rule._forward_fast(q, k, v, *tail, *options)
         first = attention_rule._backward_fast(do, dlse, q, k, v, *tail, o, top, l, *options, "qkvs")
-        cotangents = [first[0], first[1], first[2], None, first[4]]
-        need = [True] * 5 + [False, True] + [False] * 7
-        second = attention_rule._double(cotangents, need, do, dlse, q, k, v, *tail, o, top, l, *options, "qkvs")
+        cotangents = first[0], first[1], first[2], None, first[4]
+        args = do, dlse, q, k, v, *tail, o, top, l, *options, "qkvs"
+        second = attention_rule.double_fast(*cotangents, "olqkvs", args)
     assert all(t.isfinite().all() for t in second if t is not None)
     assert 0 < mode.most <= 1 << 18 < L * L // 30, mode.most
 
