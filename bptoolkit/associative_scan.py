@@ -56,7 +56,7 @@ def associative_scan(
         reverse: from the last element to the first: left is then the later one.
         vjp: `vjp(dout, left, right) -> (dleft, dright)`, all built as the elements are: the operator's backward. With it, the
             scan's backward is a scan of logarithmic depth too, which keeps the elements and the result alone. None: autograd.
-        kernel: a function of module level that returns fn and vjp as `triton.jit` functions, when they are used. With it there is
+        kernel: a function of module level that returns fn and vjp as `triton.jit` functions, when they are used. Then there is
             a fused walk over the steps, forward and backward, in float32 registers. left, right and dout are tuples of values
             there, in the order of the elements' tensors, or for one tensor a value; each element is combined by itself, so the
             tensors have one shape. It needs vjp beside it.

@@ -22,10 +22,23 @@ from torch import Tensor
 from bptoolkit.ops.attention_plain import nothing
 from bptoolkit.ops.attention_rule import RULE, backward_node, double_fast, push_by, run_backward
 from bptoolkit.triton_kernels import attention as first
-from bptoolkit.triton_kernels.attention import Batch, Tile, near, of_samples, precision_of, samples
+from bptoolkit.triton_kernels.attention_layout import (
+    Batch,
+    Tile,
+    batch_of,
+    mask_of,
+    near,
+    of_samples,
+    precision_of,
+    samples,
+    shared_arguments,
+)
 from bptoolkit.triton_kernels.attention_second import second_columns_kernel, second_rows_kernel, sums_kernel
 from bptoolkit.triton_kernels.kernel import WARP, dense
 from bptoolkit.triton_kernels.operator import operator
+
+
+WIDEST = 128  # features of a head
 
 
 def tile(kernel: str, E: int, bytes: int, warp: int) -> Tile:
@@ -79,7 +92,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """g_dO, g_dlse, gQ, gK, gV and gh of each sample; empty those that are not needed."""
     out = _fake(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need)
-    n = first.batch_of(q, k, do.shape[-1])
+    n = batch_of(q, k, do.shape[-1])
     N = n.B * n.H * n.G
     if not N:
         return out
@@ -89,13 +102,14 @@ def _launch(
         if gv is not None:
             gv.zero_()
             gv = None
-    mask, of_mask = first.mask_of(m, q, n)
-    terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
+    mask = mask_of(m, q)
+    terms = mask.m, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     A, dO, Q, O = (None if t is None else samples(t, n, n.G) for t in (a, do, q, o))
     B, C, K, V = (None if t is None else samples(t, n, 1) for t in (b, c, k, v))
     given = A, B, C, of_samples(f, q, torch.float32), dO, Q, K, V, *terms
-    walk = *steps(A), *steps(B, True), *steps(C, True), *steps(dO), *steps(Q), *steps(K, True), *steps(V, True), *of_mask
-    shared = first.shared_arguments(q, n, window, scale, cap)
+    walk = *steps(A), *steps(B, True), *steps(C, True), *steps(dO), *steps(Q), *steps(K, True), *steps(V, True), *mask.steps
+    H, G, L, S, _, left, right, shift, sigma, cap_, *_ = shared_arguments(q, n, window, scale, cap, 0.0, False)
+    shared = H, G, L, S, left, right, shift, sigma, cap_
     weights = gq is not None or gk is not None or gslopes is not None
 
     fixed, options, t, two = constants(q, m, n, "sums")
@@ -160,7 +174,7 @@ def _again_fast(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top,
 
 def _double(a, b, c, e, f, wanted, args):
     do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, _ = args
-    left_out = e is not None or "m" in wanted or p or cu_q is not None
+    left_out = e is not None or "m" in wanted or p or cu_q is not None or max(q.shape[-1], do.shape[-1]) > WIDEST
     if left_out or first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
         return double_fast(a, b, c, e, f, wanted, args)
     need = [x in wanted for x in "olqkvs"]
