@@ -1,11 +1,14 @@
 """What the kernels of lstm, gru and rnn share: the choice of a path, the tiles, and what a program reads at each step.
 
-The product with x is one for all steps, torch's. What is left is a loop over T, and there are two ways to run it:
+The product with x is one for all steps, torch's. What is left is a loop over T, and these ways to run it:
 
 resident   one launch. A program has BM rows of the batch and all H units; it reads the recurrent weights once, and holds the
            states in float32 registers; a step is one product of matrices per gate
 steps      a product of torch's and one pointwise kernel a step, of any H. Nothing waits for the device, so that a CUDA graph
            can hold the loop
+slices     a program has BM rows and BN units with all their gates, and all programs make a step in one launch
+persistent the same kernel, all steps in one launch: a program holds its slice of the recurrent weights, and at the end of a
+           step waits for those that have the same rows. Only where it is asked for by name: it has not been run on a GPU
 
 Letters as in `bptoolkit.ops.recurrent`. Rows end at `ends`; a step is t, in reverse T − 1 − t. A row that is past its end, or
 in reverse has not begun, keeps its state, and what is written for it is zero.
@@ -13,7 +16,7 @@ in reverse has not begun, keeps its state, and what is written for it is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,11 +27,12 @@ from torch import Tensor
 
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.attention import precision_of
-from bptoolkit.triton_kernels.kernel import WARP
+from bptoolkit.triton_kernels.kernel import WARP, programs
 from bptoolkit.triton_kernels.linear_recurrence import between, position
 
 ROWS = 16  # of the batch, the fewest that a matrix instruction takes
-PATHS = ("resident", "steps")
+SLICE = 16  # units
+PATHS = ("resident", "steps", "slices", "persistent")
 _forced: str | None = None
 
 # --- the choice of a path -------------------------------------------------------------------------------------------------
@@ -40,12 +44,27 @@ def widest(bytes: int, warp: int) -> int:
     return 256 // bytes if warp == 32 else 128 // bytes
 
 
-def path(H: int, dtype: torch.dtype) -> str:
-    """How a sequence is run: "resident" where one program holds the recurrent weights, else "steps"."""
-    most = widest(dtype.itemsize, WARP)
-    if _forced == "resident" and most < H:
-        raise ValueError(f"the resident path takes at most {most} units of {dtype}, not {H}")
-    return _forced or ("resident" if most >= H else "steps")
+def widest_sliced(bytes: int, warp: int) -> int:
+    """The most units of which a program holds the recurrent weights of a slice."""
+    return (1024 if bytes == 2 else 128) // (1 if warp == 32 else 4)
+
+
+def path(H: int, dtype: torch.dtype, sliced: bool = False) -> str:
+    """How a sequence is run: "resident" where one program holds the recurrent weights, else "steps"; others only by `forced`.
+
+    Args:
+        H: units.
+        dtype: of the weights.
+        sliced: the cell has the paths by slices of units.
+    """
+    if _forced is None or _forced == "steps":
+        return _forced or ("resident" if widest(dtype.itemsize, WARP) >= H else "steps")
+    if _forced != "resident" and not sliced:
+        raise ValueError(f"this cell has no {_forced} path")
+    most = (widest if _forced == "resident" else widest_sliced)(dtype.itemsize, WARP)
+    if most < H:
+        raise ValueError(f"the {_forced} path takes at most {most} units of {dtype}, not {H}")
+    return _forced
 
 
 @contextmanager
@@ -98,6 +117,46 @@ def fixed(t: Tensor, H: int, reverse: bool) -> tuple[tuple[int], dict[str, Any]]
     return (triton.cdiv(t.shape[1], ROWS),), constants | {"num_warps": way.warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
+class Sliced(NamedTuple):
+    """A launch of a kernel by slices: rows, units, what a product takes at a time, and warps."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+
+
+def sliced(B: int, H: int, bytes: int) -> Sliced:
+    """The tile for B rows of H units of elements of so many bytes."""
+    rows, chunk = (32, 128) if bytes == 2 else (16, 32)
+    BM, BK = (min(max(16, triton.next_power_of_2(n)), most) for n, most in ((B, rows), (H, chunk)))
+    return Sliced(BM, SLICE, BK, 4)
+
+
+def launch_slices(kernel: Any, t: Tensor, T: int, H: int, args: Sequence[Any], **flags: Any) -> None:
+    """A kernel by slices over all T steps of T B ·: all in one launch, "persistent", or else one each.
+
+    Raises:
+        ValueError: all in one launch, but there are more slices than can run at a time.
+    """
+    way, persistent = sliced(t.shape[1], H, t.element_size()), _forced == "persistent"
+    slices, tiles = triton.cdiv(H, way.BN), triton.cdiv(t.shape[1], way.BM)
+    most = 1 if t.device.type == "cpu" else programs(t.device, 16)  # that run at a time; the interpreter's do not
+    constants = {"H": H, "BM": way.BM, "BN": way.BN, "BK": way.BK, "PRECISION": precision_of(t.dtype, WARP)}
+    constants |= {"UPCAST": t.device.type == "cpu" and t.dtype == torch.bfloat16} | flags
+    options = {"num_warps": way.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if not persistent:
+        for k in range(T):
+            kernel[(slices, tiles)](*args, None, k, k + 1, 0, **constants, **options)
+        return
+    if slices > most:
+        raise ValueError(f"the persistent path needs {slices} programs at a time; this device runs {most}")
+    counters = torch.empty(tiles, dtype=torch.int32, device=t.device).zero_()
+    for tile in range(0, tiles, most // slices):  # rows of other tiles need not wait for these
+        grid = slices, min(most // slices, tiles - tile)
+        kernel[grid](*args, counters, 0, T, tile, **constants, **options, launch_cooperative_grid=True)
+
+
 def pointwise(B: int, H: int, bytes: int, warp: int) -> dict[str, int]:
     """BM and BN of one step of B rows: a warp, each thread of which reads 16 bytes at a time."""
     elements = 16 // bytes * warp
@@ -133,7 +192,7 @@ def at_start(t: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_FLOAT32, _NUMBERS = ("carried",), ("t", "T", "B", "yt", "yb", "ct", "cb")
+_FLOAT32, _NUMBERS = ("carried",), ("first", "last", "base", "t", "T", "B", "yt", "yb", "ct", "cb")
 
 
 def shipped(name: str, way: str, kernel: Any, warp: int, back: bool) -> list[Spec]:
@@ -144,23 +203,30 @@ def shipped(name: str, way: str, kernel: Any, warp: int, back: bool) -> list[Spe
         if way == "resident":
             most = widest(bytes, warp)
             widths = [(BH, True) for BH in (16, 32, 64, 128) if most >= BH] + [(most - 8, False)]
+        elif way != "steps":
+            most = widest_sliced(bytes, warp)
+            widths = [(most, True), (most - 8, False)]
         for H, full in widths:
-            values: dict[str, Any] = {"H": H, "REVERSE": not full, "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
+            values: dict[str, Any] = {"counters": None} if way == "slices" else {}
+            values |= {"H": H, "REVERSE": not full, "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
             values |= {"RAW": not full, "TANH": full} | (dict.fromkeys(("lengths", "state", "dc", "U")) if full else {})
             if way == "resident":
                 BH, warps = resident(H, bytes, warp)
                 values |= {"BM": ROWS, "BH": BH}
+            elif way != "steps":
+                BM, BN, BK, warps = sliced(64, H, bytes)
+                values |= {"BM": BM, "BN": BN, "BK": BK}
             else:
                 warps = 1
                 values |= pointwise(64, H, bytes, warp)
                 del values["H"]
             values = {n: value for n, value in values.items() if n in names}
             types = {n: "i32" if n in _NUMBERS or n == "H" else "*fp32" if n in _FLOAT32 else f"*{t}" for n in names}
-            types = {n: "*i64" if n == "lengths" else of for n, of in types.items() if n not in values}
+            types = {n: {"lengths": "*i64", "counters": "*i32"}.get(n, of) for n, of in types.items() if n not in values}
             aligned = tuple(n for n, of in types.items() if of[0] == "*" or n in ("H", "yt", "yb", "ct", "cb"))
             label = f"{name} {way}{' backward' * back} {t} {H}{', ragged' * (not full)}"
             narrow = "rows of few units" if H <= 16 else ""
-            every.append(Spec(label, kernel, types, values, aligned, warps, 1, way == "resident", narrow))
+            every.append(Spec(label, kernel, types, values, aligned, warps, 1, way != "steps", narrow))
     return every
 
 
@@ -226,3 +292,13 @@ def state_before(s, s0, t, T, ends, at, size, mask, REVERSE: tl.constexpr):
 def put(p, x, lengths, t, ends, mask):
     """Write step t, zeros in the rows that are past their ends."""
     tl.store(p, kept(lengths, t, ends, x, 0.0).to(p.dtype.element_ty), mask)
+
+
+@triton.jit
+def arrive(counter, count):
+    """Wait until the programs that share the counter have arrived `count` times in all: what they wrote is there to be read."""
+    tl.debug_barrier()
+    seen = tl.atomic_add(counter, 1, sem="acq_rel") + 1
+    while seen < count:
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+    tl.debug_barrier()

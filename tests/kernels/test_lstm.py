@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import recurring as check
 import torch
@@ -81,6 +84,92 @@ def test_second_order(device, save):
     check.check_second_order(LSTM, device, save)
 
 
+# --- by slices ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Tiles so small that there are several of each kind."""
+    monkeypatch.setattr(recurrent, "sliced", lambda B, H, bytes: recurrent.Sliced(16, 16, 16, 4))
+
+
+SLICES = [("slices", 1, 1), ("slices", 17, 17), ("slices", 3, 33), ("persistent", 17, 16), ("persistent", 3, 5)]
+
+
+def needs_a_watch(device, way):
+    if device == "cuda" and way == "persistent":
+        pytest.skip("programs that wait for each other are run in a process of their own below")
+
+
+@pytest.mark.parametrize("way, B, H", SLICES)
+def test_slices(device, small, way, B, H):
+    """One program after the other, as the interpreter has them, can wait for none: a single slice of each row there."""
+    needs_a_watch(device, way)
+    args = drawn(LSTM, device, 3, B, 2, H)
+    with recurrent.forced(way):
+        both_rules(GATES, *args, None, B % 2 == 0, errors=64)
+        both_rules(OUTPUTS, *args, ragged(device, 3, B), B % 2 == 1, errors=64)
+
+
+@pytest.mark.parametrize("way", ["slices", "persistent"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_slices_in_half(device, way, dtype):
+    needs_a_watch(device, way)
+    args, lengths = drawn(LSTM, device, 3, 5, 2, 16, dtype), ragged(device, 3, 5)
+    with recurrent.forced(way):
+        for rule in (GATES, OUTPUTS):
+            check.no_worse(rule, *args, lengths, dtype == torch.float16)
+
+
+WATCHED = """
+import torch
+from bptoolkit.functional import lstm
+from bptoolkit.triton_kernels import recurrent
+
+for H, B, dtype in ((1024, 64, torch.bfloat16), (1016, 70, torch.bfloat16), (256, 300, torch.float16), (120, 5, torch.float32)):
+    torch.manual_seed(0)
+    weights = [torch.randn(4 * H, n) * H**-0.5 for n in (64, H)] + [torch.randn(4 * H) * 0.1] * 2
+    leaves = [t.to("cuda", dtype).requires_grad_() for t in (torch.randn(50, B, 64), *weights)]
+    lengths = torch.arange(B, device="cuda") % 51
+    for save in ("gates", "outputs"):
+        found = []
+        for way in ("steps", "slices", "persistent", "persistent"):
+            with recurrent.forced(way):
+                y, (h, c) = lstm(leaves[0], None, leaves[1:], lengths=lengths, save=save, backend="triton")
+                found.append((y, h, c, *torch.autograd.grad(((y * y).sum() + c.sum()), leaves)))
+        for a, b in zip(found[2], found[3]):
+            assert torch.equal(a, b), "another run gives other bits"
+        for way in found[1:]:
+            for got, want in zip(way, found[0]):
+                error = float((got - want).float().norm() / want.float().norm())
+                assert error < (1e-4 if dtype == torch.float32 else 3e-2), (H, B, dtype, save, error)
+print("all arrived")
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs programs that run at a time")
+def test_persistent_on_cuda():
+    """Programs that wait for each other, in a process of their own: one that waits for ever is a failure, not a wait."""
+    done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "all arrived" in done.stdout, done.stdout + done.stderr
+
+
+def test_slices_that_cannot_be(device, small):
+    args = (*drawn(LSTM, device, 2, 2, 2, 200), None, False)
+    with (
+        recurrent.forced("persistent"),
+        pytest.raises(ValueError, match=r"persistent path takes at most \d+ units of torch.float32"),
+    ):
+        GATES.kernel().forward(*args)
+    if device == "cpu":
+        args = (*drawn(LSTM, device, 2, 2, 2, 17), None, False)
+        with recurrent.forced("persistent"), pytest.raises(ValueError, match="needs 2 programs at a time; this device runs 1"):
+            GATES.kernel().forward(*args)
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------------
+
+
 def test_the_choice_of_a_path():
     """By the width and the bytes of an element; by name; what does not fit, and what is not there, is refused."""
     most = recurrent.widest(2, recurrent.WARP)
@@ -92,6 +181,8 @@ def test_the_choice_of_a_path():
         recurrent.path(200, torch.float32)
     with pytest.raises(ValueError, match="no path 'nothing'"), recurrent.forced("nothing"):
         pass
+    with recurrent.forced("slices"), pytest.raises(ValueError, match="this cell has no slices path"):
+        recurrent.path(16, torch.float32)
     assert recurrent.path(200, torch.float32) == "steps"
 
 
