@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,3 +53,18 @@ def outcome(fn: Callable[..., Any], case: Case, seed: int = 0) -> list[Tensor]:
     cots = [torch.arange(1, o.numel() + 1, device=o.device, dtype=torch.float64).cos().view(o.shape).to(o.dtype) for o in out]
     grads = torch.autograd.grad(out, leaves, cots, allow_unused=True, materialize_grads=True)
     return [*(o.detach() for o in out), *grads]
+
+
+def in_processes(code: str, names: Sequence[str], seconds: float) -> list[bool]:
+    """Run Python code with each name as its argument, many processes at a time; whether each was through in time."""
+    end = time.monotonic() + seconds
+
+    def job(name: str) -> bool:
+        limit = max(5.0, end - time.monotonic())
+        try:
+            return not subprocess.run([sys.executable, "-c", code, name], capture_output=True, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            return False
+
+    with ThreadPoolExecutor(max(1, min(10, (os.cpu_count() or 2) - 2))) as pool:
+        return list(pool.map(job, names))

@@ -18,7 +18,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         mine = [r for r in records if r["stage"] == stage]
         counts = {s: sum(r["status"] == s for r in mine) for s in ("ok", "failed", "out of time", "none")}
         parts.append(f"## {stage}: " + ", ".join(f"{n} {s}" for s, n in counts.items() if n))
-        parts.append((speeds if stage in ("speed", "compiled") else plain)(mine))
+        parts.append({"speed": speeds, "compiled": speeds, "convolution": convolutions}.get(stage, plain)(mine))
     return "\n\n".join(parts) + "\n"
 
 
@@ -66,6 +66,34 @@ def speeds(records: Sequence[Mapping[str, Any]]) -> str:
         ]
         rows.append(cells)
     return markdown(SPEED, rows)
+
+
+CONVOLUTION = [
+    "layer",
+    "pass",
+    "GFLOP",
+    "product TFLOP/s",
+    "vendor ms",
+    "of product",
+    "ours ms",
+    "of product",
+    "× vendor",
+    "verdict",
+]
+
+
+def convolutions(records: Sequence[Mapping[str, Any]]) -> str:
+    """A pass of a layer a row; "of product": the share of the rate of a matrix product that was timed in turns with it."""
+    rows = []
+    for r in records:
+        if "ours_ms" not in r:
+            continue
+        cells = [*r["name"].split(" | "), shown(r["gflop"]), shown(r["product_tflops"])]
+        for who in ("vendor", "ours"):
+            cells += [shown(r[f"{who}_ms"]), f"{r[f'{who}_of_product']:.1%}"]
+        rows.append([*cells, f"{r['ours_ms'] / r['vendor_ms']:.2f}", r["status"]])
+    rest = [r for r in records if "ours_ms" not in r]
+    return "\n\n".join([*([markdown(CONVOLUTION, rows)] if rows else []), *([plain(rest)] if rest else [])])
 
 
 def shown(value: Any) -> str:

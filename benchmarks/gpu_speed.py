@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from random import Random
 from typing import Any
@@ -14,7 +10,7 @@ from typing import Any
 import gpu_timing as timing
 import torch
 from gpu_cases import CASES
-from gpu_common import TOY, fused, outcome, running
+from gpu_common import TOY, fused, in_processes, outcome, running
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
@@ -34,16 +30,7 @@ def warm(run: Any) -> None:
             run.ledger.add("warm", "caches", "ok", ops=1)
             continue
 
-        def job(name: str) -> bool:
-            try:
-                return not subprocess.run(
-                    [sys.executable, "-c", WARM_UP, name], capture_output=True, timeout=max(5, run.left())
-                ).returncode
-            except subprocess.TimeoutExpired:
-                return False
-
-        with ThreadPoolExecutor(max(1, min(10, (os.cpu_count() or 2) - 2))) as pool:
-            done = list(pool.map(job, names))
+        done = in_processes(WARM_UP, names, run.left())
         late = [name for name, fine in zip(names, done) if not fine]
         run.ledger.add("warm", "caches", "ok", ops=sum(done), late=", ".join(late) or "none")
 

@@ -17,6 +17,7 @@ from typing import Any
 import gpu_timing as timing
 import torch
 from gpu_common import DTYPES, fused, outcome, widened
+from gpu_conv import convolution
 from gpu_speed import compiled, speed, warm
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -246,6 +247,7 @@ STAGES = (
     (ops, 60),
     (warm, 60),
     (speed, 90),
+    (convolution, 40),
     (large, 40),
     (host, 15),
     (compiled, 60),

@@ -51,6 +51,35 @@ def test_rehearsal(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()] == records
 
 
+def test_rehearsal_of_convolutions(tmp_path):
+    """The vendor's and ours, each as a share of a matrix product; every figure of a share follows from others of its row."""
+    args = ["--rehearse", "--out", tmp_path, "--stage", "convolution", "--op", "conv2d"]
+    done = command(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "gpu.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r["name"] != "caches"]
+    assert {r["name"].split(" | ")[1] for r in records} == {"forward", "input", "weight"}
+    for r in records:
+        for who in ("vendor", "ours"):
+            assert r[f"{who}_of_product"] == pytest.approx(r["gflop"] / r[f"{who}_ms"] / r["product_tflops"])
+    assert "## convolution: 5 ok" in (tmp_path / "gpu.md").read_text()
+    assert "[" not in command(*args).stdout.split("results in")[0]
+
+
+def test_layers_of_convolutions(benchmarks):
+    """The operations of a row are those that torch counts, for each pass, and all passes of a layer agree with torch."""
+    import gpu_conv
+    from torch.utils.flop_counter import FlopCounterMode
+
+    assert len({layer.label() for layer in gpu_conv.LAYERS}) == len(gpu_conv.LAYERS)
+    for layer in gpu_conv.LAYERS[::4]:
+        call = gpu_conv.drawn(layer, "cpu", True)
+        for which in gpu_conv.PASSES:
+            with FlopCounterMode(display=False) as counter:
+                gpu_conv.vendor(call, which)()
+            assert counter.get_total_flops() == call.flops()
+
+
 def test_shortages(tmp_path):
     """No such stage; no time, and time again; the kernels' tests as a stage, one file of them."""
     done = command("--rehearse", "--out", tmp_path, "--stage", "nothing")
