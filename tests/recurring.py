@@ -11,7 +11,7 @@ from fused import LAYOUTS, both_rules, double, near, normal
 from torch import Tensor
 
 from bptoolkit import OPS
-from bptoolkit.triton_kernels import recurrent
+from bptoolkit.triton_kernels import recurrent, recurrent_slices
 
 ERRORS = 64  # roundings of float32: a step adds some to those of the steps before
 WAYS = ("resident", "steps")  # that are chosen, and that every cell has
@@ -203,3 +203,33 @@ def check_second_order(cell: Cell, device: str, save: str, **kwargs: Any) -> Non
     got = run(op.call, torch.float32, save=save, backend="triton")
     for g, w in zip(got, run(op.reference, torch.float64), strict=True):
         torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4 * float(w.abs().max()))
+
+
+SLICES = [("slices", 1, 1), ("slices", 17, 17), ("slices", 3, 33), ("persistent", 17, 16), ("persistent", 3, 5)]
+
+
+def check_slices(cell: Cell, device: str, monkeypatch: pytest.MonkeyPatch, way: str, B: int, H: int) -> None:
+    """In tiles so small that there are several of each kind.
+
+    One program after the other, as the interpreter has them, can wait for none: a single slice of each row there.
+    """
+    needs_a_watch(device, way)
+    monkeypatch.setattr(recurrent_slices, "sliced", lambda B, H, bytes: recurrent.Sliced(16, 16, 16, 4))
+    T, args = 3, drawn(cell, device, 3, B, 2, H)
+    with recurrent.forced(way):
+        for k, rule in enumerate(cell.rules):
+            lengths = ragged(device, T, B) if (k + B + H) % 2 or len(cell.rules) == 1 else None
+            both_rules(rule, *args, lengths, (B + k) % 2 == 1, *cell.options, errors=ERRORS)
+
+
+def check_slices_in_half(cell: Cell, device: str, way: str, dtype: torch.dtype) -> None:
+    needs_a_watch(device, way)
+    args, lengths = drawn(cell, device, 3, 5, 2, 16, dtype), ragged(device, 3, 5)
+    with recurrent.forced(way):
+        for rule in cell.rules:
+            no_worse(rule, *args, lengths, dtype == torch.float16, *cell.options)
+
+
+def needs_a_watch(device: str, way: str) -> None:
+    if device == "cuda" and way == "persistent":
+        pytest.skip("programs that wait for each other are run in a process of their own: test_lstm.py")

@@ -15,9 +15,11 @@ from bptoolkit.ops.gru_loops import products
 from bptoolkit.ops.recurrent import before, order, within
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.gru_loops import resident_back_kernel, resident_kernel, step_back_kernel, step_kernel
+from bptoolkit.triton_kernels.gru_slices import slices_back_kernel, slices_kernel
 from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
 from bptoolkit.triton_kernels.operator import operator
 from bptoolkit.triton_kernels.recurrent import at_start, fixed, path, rows_of, shipped, steps_of, stepwise
+from bptoolkit.triton_kernels.recurrent_slices import launch_slices, states
 
 # --- launches -------------------------------------------------------------------------------------------------------------
 
@@ -30,9 +32,14 @@ def _launch_forward(
         return out
     (T, B, H), (pre, h0, wh, bh, lengths) = out[0].shape, map(dense, (pre, h0, wh, bh, lengths))  # type: ignore[assignment]
     y, G = out[0], out[1] if keep else None
-    if path(H, pre.dtype) == "resident":
+    way = path(H, pre.dtype)
+    if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_kernel[grid](pre, h0, wh, bh, lengths, y, G, T, B, **launch)
+        return out
+    if way != "steps":
+        args = pre, wh, bh, lengths, states(h0), y, G, T, B
+        launch_slices(slices_kernel, way == "persistent", y, T, H, args, REVERSE=reverse)
         return out
     state = torch.empty(B, H, dtype=y.dtype, device=y.device) if reverse and lengths is not None else None
     u, h, w = torch.empty(B, 3 * H, dtype=y.dtype, device=y.device), h0, wh.mT
@@ -60,13 +67,20 @@ def _launch_backward(
     (T, B, H), (G, U, y, h0, wh, lengths) = y.shape, map(dense, (G, U, y, h0, wh, lengths))  # type: ignore[assignment]
     dy = rows_of(dy)  # type: ignore[assignment]
     steps = steps_of(dy)
-    if path(H, y.dtype) == "resident":
+    way = path(H, y.dtype)
+    if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_back_kernel[grid](dy, G, U, y, h0, wh, lengths, da, dh0, T, B, *steps, **launch)
         return out
     sent = torch.empty(B, H, dtype=y.dtype, device=y.device).zero_()
     carried = torch.empty(B, H, dtype=torch.float32, device=y.device).zero_()
-    (grid, launch), rzq = stepwise(y, H), da[..., H:]  # T B 3H
+    rzq = da[..., H:]  # T B 3H
+    if way != "steps":
+        args = dy, G, U, y, h0, wh, lengths, da, carried, T, B, *steps
+        launch_slices(slices_back_kernel, way == "persistent", y, T, H, args, REVERSE=reverse)
+        torch.mm(at_start(rzq, lengths, reverse), wh, out=sent)
+        return da, dh0.copy_(carried.add_(sent))
+    grid, launch = stepwise(y, H)
     for t in order(T, reverse)[::-1]:
         step_back_kernel[grid](sent, dy, G, U, y, h0, lengths, da, carried, t, T, B, H, *steps, reverse, **launch)
         torch.mm(rzq[t], wh, out=sent)
@@ -143,4 +157,6 @@ def specs(warp: int) -> list[Spec]:
         *shipped("gru", "steps", step_back_kernel, warp, True),
         *shipped("gru", "resident", resident_kernel, warp, False),
         *shipped("gru", "resident", resident_back_kernel, warp, True),
+        *shipped("gru", "persistent", slices_kernel, warp, False),
+        *shipped("gru", "persistent", slices_back_kernel, warp, True),
     ]

@@ -18,7 +18,8 @@ from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
 from bptoolkit.triton_kernels.lstm_loops import resident_back_kernel, resident_kernel, step_back_kernel, step_kernel
 from bptoolkit.triton_kernels.lstm_slices import slices_back_kernel, slices_kernel
 from bptoolkit.triton_kernels.operator import operator
-from bptoolkit.triton_kernels.recurrent import at_start, fixed, launch_slices, path, rows_of, shipped, steps_of, stepwise
+from bptoolkit.triton_kernels.recurrent import at_start, fixed, path, rows_of, shipped, steps_of, stepwise
+from bptoolkit.triton_kernels.recurrent_slices import launch_slices, states
 
 # --- launches -------------------------------------------------------------------------------------------------------------
 
@@ -31,15 +32,14 @@ def _launch_forward(
         return out
     (T, B, H), (pre, h0, c0, wh, lengths) = out[0].shape, map(dense, (pre, h0, c0, wh, lengths))  # type: ignore[assignment]
     y, c, G = *out[:2], out[2] if keep else None
-    way = path(H, pre.dtype, sliced=True)
+    way = path(H, pre.dtype)
     if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_kernel[grid](pre, h0, c0, wh, lengths, y, c, G, T, B, **launch)
         return out
     if way != "steps":
-        S = torch.empty(2, B, H, dtype=y.dtype, device=y.device)
-        S[0] = h0
-        launch_slices(slices_kernel, y, T, H, (pre, c0, wh, lengths, S, y, c, G, T, B), REVERSE=reverse)
+        args = pre, c0, wh, lengths, states(h0), y, c, G, T, B
+        launch_slices(slices_kernel, way == "persistent", y, T, H, args, REVERSE=reverse)
         return out
     state = torch.empty(B, H, dtype=y.dtype, device=y.device) if reverse and lengths is not None else None
     u, h, w = torch.empty(B, 4 * H, dtype=y.dtype, device=y.device), h0, wh.mT
@@ -75,7 +75,7 @@ def _launch_backward(
     (T, B, H), (G, c, c0, wh, lengths) = c.shape, map(dense, (G, c, c0, wh, lengths))  # type: ignore[assignment]
     dy, dc = rows_of(dy), rows_of(dc)
     steps = (*steps_of(dy), *steps_of(dc))
-    way = path(H, c.dtype, sliced=True)
+    way = path(H, c.dtype)
     if way == "resident":
         grid, launch = fixed(c, H, reverse)
         resident_back_kernel[grid](dy, dc, G, c, c0, wh, lengths, *out, T, B, *steps, RAW=raw, **launch)
@@ -83,8 +83,8 @@ def _launch_backward(
     sent = torch.empty(B, H, dtype=c.dtype, device=c.device).zero_()
     carried = torch.empty(B, H, dtype=torch.float32, device=c.device).zero_()
     if way != "steps":
-        args = dy, dc, G, c, c0, wh, lengths, da, carried, T, B, *steps
-        launch_slices(slices_back_kernel, c, T, H, args, REVERSE=reverse, RAW=raw)
+        args = dy, dc, G, c, c0, wh, lengths, da, carried, T, B, *steps  # type: ignore[assignment]
+        launch_slices(slices_back_kernel, way == "persistent", c, T, H, args, REVERSE=reverse, RAW=raw)
         torch.mm(at_start(da, lengths, reverse), wh, out=sent)
         return da, dh0.copy_(sent), dc0.copy_(carried)
     (grid, launch), das = stepwise(c, H), da.unbind(0)
@@ -165,8 +165,6 @@ def specs(warp: int) -> list[Spec]:
         *shipped("lstm", "steps", step_back_kernel, warp, True),
         *shipped("lstm", "resident", resident_kernel, warp, False),
         *shipped("lstm", "resident", resident_back_kernel, warp, True),
-        *shipped("lstm", "slices", slices_kernel, warp, False),
-        *shipped("lstm", "slices", slices_back_kernel, warp, True),
         *shipped("lstm", "persistent", slices_kernel, warp, False),
         *shipped("lstm", "persistent", slices_back_kernel, warp, True),
     ]

@@ -1,8 +1,6 @@
-"""The LSTM by slices of its units: a program has BM rows and BN units with all their gates, so that what a step does besides
-its product is its own. The product takes what all slices of these rows made before: a launch lies between, or `arrive`.
+"""The LSTM by slices of its units; see `recurrent_slices`.
 
-Letters   as in `lstm_loops`. first ≤ k < last are the steps of a launch, in its order; S has the h that a step starts from, at
-          its parity, and gets the next; counters is None where a launch is one step
+Letters   as in `lstm_loops`
 """
 
 import triton
@@ -10,37 +8,8 @@ import triton.language as tl
 
 from bptoolkit.triton_kernels.linear_recurrence import row_ends
 from bptoolkit.triton_kernels.lstm_loops import cell, cell_back, four, put_four
-from bptoolkit.triton_kernels.recurrent import arrive, kept, put, state_before, step_of
-
-
-@triton.jit
-def blocks(wh, n, H: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr):
-    """The weights of a slice, chunk by chunk of BK units, each of the four gates: a tuple of BK BN."""
-    found = ()
-    for chunk in tl.static_range((H + BK - 1) // BK):
-        k = chunk * BK + tl.arange(0, BK)
-        mask = (k < H)[:, None] & (n < H)[None, :]
-        for gate in tl.static_range(4):
-            if TRANSPOSED:  # from hₜ₋₁ to the gate
-                at = wh + (gate * H + n[None, :]) * H + k[:, None]
-            else:
-                at = wh + (gate * H + k[:, None]) * H + n[None, :]
-            x = tl.load(at, mask, other=0.0)
-            found = found + (x.to(tl.float32) if UPCAST else x,)  # noqa: RUF005
-    return found
-
-
-@triton.jit
-def factors(
-    p, chunk: tl.constexpr, rows, H: tl.constexpr, step: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr
-):  # fmt: skip
-    """A chunk of BK units of some rows, past any cache that others' writes do not reach: BM BK."""
-    r, q = tl.arange(0, BM)[:, None], tl.arange(0, BK)[None, :]
-    there = r < rows
-    if H % BK:
-        there = there & (q < H - chunk * BK)
-    x = tl.load(p + chunk * BK + (r * step + q), there, other=0.0, cache_modifier=".cg")
-    return x.to(tl.float32) if UPCAST else x
+from bptoolkit.triton_kernels.recurrent import kept, put, state_before, step_of
+from bptoolkit.triton_kernels.recurrent_slices import arrive, blocks, factors
 
 
 @triton.jit(do_not_specialize=["T", "B", "first", "last", "base"])
@@ -53,7 +22,7 @@ def slices_kernel(
     m, n = row + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     mask = (m < B)[:, None] & (n < H)[None, :]
     ends, here, gates = row_ends(lengths, m, B, T), m[:, None] * H + n[None, :], m[:, None] * (4 * H) + n[None, :]  # BM BN
-    W = blocks(wh, n, H, BK, True, UPCAST)
+    W = blocks(wh, n, 4, H, BK, True, UPCAST)
     s0 = tl.load(c0 + here, mask, other=0.0).to(tl.float32)
     size = tl.full((), 0, tl.int64) + B * H
     for k in range(first, last):
@@ -93,7 +62,7 @@ def slices_back_kernel(
     m, n = row + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     mask = (m < B)[:, None] & (n < H)[None, :]
     ends, here, gates = row_ends(lengths, m, B, T), m[:, None] * H + n[None, :], m[:, None] * (4 * H) + n[None, :]  # BM BN
-    W = blocks(wh, n, H, BK, False, UPCAST)
+    W = blocks(wh, n, 4, H, BK, False, UPCAST)
     s0 = tl.load(c0 + here, mask, other=0.0).to(tl.float32)
     for k in range(first, last):
         t = step_of(k, T, not REVERSE)

@@ -16,7 +16,7 @@ in reverse has not begun, keeps its state, and what is written for it is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.attention import precision_of
-from bptoolkit.triton_kernels.kernel import WARP, programs
+from bptoolkit.triton_kernels.kernel import WARP
 from bptoolkit.triton_kernels.linear_recurrence import between, position
 
 ROWS = 16  # of the batch, the fewest that a matrix instruction takes
@@ -49,18 +49,10 @@ def widest_sliced(bytes: int, warp: int) -> int:
     return (1024 if bytes == 2 else 128) // (1 if warp == 32 else 4)
 
 
-def path(H: int, dtype: torch.dtype, sliced: bool = False) -> str:
-    """How a sequence is run: "resident" where one program holds the recurrent weights, else "steps"; others only by `forced`.
-
-    Args:
-        H: units.
-        dtype: of the weights.
-        sliced: the cell has the paths by slices of units.
-    """
+def path(H: int, dtype: torch.dtype) -> str:
+    """How a sequence is run: "resident" where one program holds the recurrent weights, else "steps"; or as `forced` says."""
     if _forced is None or _forced == "steps":
         return _forced or ("resident" if widest(dtype.itemsize, WARP) >= H else "steps")
-    if _forced != "resident" and not sliced:
-        raise ValueError(f"this cell has no {_forced} path")
     most = (widest if _forced == "resident" else widest_sliced)(dtype.itemsize, WARP)
     if most < H:
         raise ValueError(f"the {_forced} path takes at most {most} units of {dtype}, not {H}")
@@ -133,30 +125,6 @@ def sliced(B: int, H: int, bytes: int) -> Sliced:
     return Sliced(BM, SLICE, BK, 4)
 
 
-def launch_slices(kernel: Any, t: Tensor, T: int, H: int, args: Sequence[Any], **flags: Any) -> None:
-    """A kernel by slices over all T steps of T B ·: all in one launch, "persistent", or else one each.
-
-    Raises:
-        ValueError: all in one launch, but there are more slices than can run at a time.
-    """
-    way, persistent = sliced(t.shape[1], H, t.element_size()), _forced == "persistent"
-    slices, tiles = triton.cdiv(H, way.BN), triton.cdiv(t.shape[1], way.BM)
-    most = 1 if t.device.type == "cpu" else programs(t.device, 16)  # that run at a time; the interpreter's do not
-    constants = {"H": H, "BM": way.BM, "BN": way.BN, "BK": way.BK, "PRECISION": precision_of(t.dtype, WARP)}
-    constants |= {"UPCAST": t.device.type == "cpu" and t.dtype == torch.bfloat16} | flags
-    options = {"num_warps": way.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if not persistent:
-        for k in range(T):
-            kernel[(slices, tiles)](*args, None, k, k + 1, 0, **constants, **options)
-        return
-    if slices > most:
-        raise ValueError(f"the persistent path needs {slices} programs at a time; this device runs {most}")
-    counters = torch.empty(tiles, dtype=torch.int32, device=t.device).zero_()
-    for tile in range(0, tiles, most // slices):  # rows of other tiles need not wait for these
-        grid = slices, min(most // slices, tiles - tile)
-        kernel[grid](*args, counters, 0, T, tile, **constants, **options, launch_cooperative_grid=True)
-
-
 def pointwise(B: int, H: int, bytes: int, warp: int) -> dict[str, int]:
     """BM and BN of one step of B rows: a warp, each thread of which reads 16 bytes at a time."""
     elements = 16 // bytes * warp
@@ -205,10 +173,9 @@ def shipped(name: str, way: str, kernel: Any, warp: int, back: bool) -> list[Spe
             widths = [(BH, True) for BH in (16, 32, 64, 128) if most >= BH] + [(most - 8, False)]
         elif way != "steps":
             most = widest_sliced(bytes, warp)
-            widths = [(most, True), (most - 8, False)]
+            widths = [(most, True), (most - 8, False)][bytes == 4 :]
         for H, full in widths:
-            values: dict[str, Any] = {"counters": None} if way == "slices" else {}
-            values |= {"H": H, "REVERSE": not full, "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
+            values: dict[str, Any] = {"H": H, "REVERSE": not full, "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
             values |= {"RAW": not full, "TANH": full} | (dict.fromkeys(("lengths", "state", "dc", "U")) if full else {})
             if way == "resident":
                 BH, warps = resident(H, bytes, warp)
@@ -292,13 +259,3 @@ def state_before(s, s0, t, T, ends, at, size, mask, REVERSE: tl.constexpr):
 def put(p, x, lengths, t, ends, mask):
     """Write step t, zeros in the rows that are past their ends."""
     tl.store(p, kept(lengths, t, ends, x, 0.0).to(p.dtype.element_ty), mask)
-
-
-@triton.jit
-def arrive(counter, count):
-    """Wait until the programs that share the counter have arrived `count` times in all: what they wrote is there to be read."""
-    tl.debug_barrier()
-    seen = tl.atomic_add(counter, 1, sem="acq_rel") + 1
-    while seen < count:
-        seen = tl.atomic_add(counter, 0, sem="acquire")
-    tl.debug_barrier()

@@ -16,7 +16,9 @@ from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
 from bptoolkit.triton_kernels.operator import operator
 from bptoolkit.triton_kernels.recurrent import at_start, fixed, path, rows_of, shipped, steps_of, stepwise
+from bptoolkit.triton_kernels.recurrent_slices import launch_slices, states
 from bptoolkit.triton_kernels.rnn_loops import resident_back_kernel, resident_kernel, step_back_kernel, step_kernel
+from bptoolkit.triton_kernels.rnn_slices import slices_back_kernel, slices_kernel
 
 # --- launches -------------------------------------------------------------------------------------------------------------
 
@@ -26,9 +28,14 @@ def _launch_forward(pre: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None,
     if not y.numel():
         return y
     (T, B, H), (pre, h0, wh, lengths) = y.shape, map(dense, (pre, h0, wh, lengths))  # type: ignore[assignment]
-    if path(H, pre.dtype) == "resident":
+    way = path(H, pre.dtype)
+    if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_kernel[grid](pre, h0, wh, lengths, y, T, B, TANH=tanh, **launch)
+        return y
+    if way != "steps":
+        args = pre, wh, lengths, states(h0), y, T, B
+        launch_slices(slices_kernel, way == "persistent", y, T, H, args, REVERSE=reverse, TANH=tanh)
         return y
     state = torch.empty(B, H, dtype=y.dtype, device=y.device) if reverse and lengths is not None else None
     u, h, w = torch.empty(B, H, dtype=y.dtype, device=y.device), h0, wh.mT
@@ -54,9 +61,15 @@ def _launch_backward(
     (T, B, H), (y, wh, lengths) = y.shape, map(dense, (y, wh, lengths))  # type: ignore[assignment]
     dy = rows_of(dy)  # type: ignore[assignment]
     steps = steps_of(dy)
-    if path(H, y.dtype) == "resident":
+    way = path(H, y.dtype)
+    if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_back_kernel[grid](dy, y, wh, lengths, da, dh0, T, B, *steps, TANH=tanh, **launch)
+        return out
+    if way != "steps":
+        args = dy, y, wh, lengths, da, T, B, *steps
+        launch_slices(slices_back_kernel, way == "persistent", y, T, H, args, REVERSE=reverse, TANH=tanh)
+        torch.mm(at_start(da, lengths, reverse), wh, out=dh0)
         return out
     dh0.zero_()  # sent is gathered in it
     (grid, launch), das = stepwise(y, H), da.unbind(0)
@@ -118,4 +131,6 @@ def specs(warp: int) -> list[Spec]:
         *shipped("rnn", "steps", step_back_kernel, warp, True),
         *shipped("rnn", "resident", resident_kernel, warp, False),
         *shipped("rnn", "resident", resident_back_kernel, warp, True),
+        *shipped("rnn", "persistent", slices_kernel, warp, False),
+        *shipped("rnn", "persistent", slices_back_kernel, warp, True),
     ]

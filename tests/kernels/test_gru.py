@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import recurring as check
+import torch
 from fused import LAYOUTS, each_dtype
 from recurring import Cell, drawn, each_path, ragged
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,6 +68,17 @@ def test_paths_agree(device):
 @pytest.mark.parametrize("save", ["gates", "outputs"])
 def test_second_order(device, save):
     check.check_second_order(GRU, device, save)
+
+
+@pytest.mark.parametrize("way, B, H", check.SLICES)
+def test_slices(device, monkeypatch, way, B, H):
+    check.check_slices(GRU, device, monkeypatch, way, B, H)
+
+
+@pytest.mark.parametrize("way", ["slices", "persistent"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_slices_in_half(device, way, dtype):
+    check.check_slices_in_half(GRU, device, way, dtype)
 
 
 def test_products_are_counted(device):

@@ -87,38 +87,15 @@ def test_second_order(device, save):
 # --- by slices ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Tiles so small that there are several of each kind."""
-    monkeypatch.setattr(recurrent, "sliced", lambda B, H, bytes: recurrent.Sliced(16, 16, 16, 4))
-
-
-SLICES = [("slices", 1, 1), ("slices", 17, 17), ("slices", 3, 33), ("persistent", 17, 16), ("persistent", 3, 5)]
-
-
-def needs_a_watch(device, way):
-    if device == "cuda" and way == "persistent":
-        pytest.skip("programs that wait for each other are run in a process of their own below")
-
-
-@pytest.mark.parametrize("way, B, H", SLICES)
-def test_slices(device, small, way, B, H):
-    """One program after the other, as the interpreter has them, can wait for none: a single slice of each row there."""
-    needs_a_watch(device, way)
-    args = drawn(LSTM, device, 3, B, 2, H)
-    with recurrent.forced(way):
-        both_rules(GATES, *args, None, B % 2 == 0, errors=64)
-        both_rules(OUTPUTS, *args, ragged(device, 3, B), B % 2 == 1, errors=64)
+@pytest.mark.parametrize("way, B, H", check.SLICES)
+def test_slices(device, monkeypatch, way, B, H):
+    check.check_slices(LSTM, device, monkeypatch, way, B, H)
 
 
 @pytest.mark.parametrize("way", ["slices", "persistent"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_slices_in_half(device, way, dtype):
-    needs_a_watch(device, way)
-    args, lengths = drawn(LSTM, device, 3, 5, 2, 16, dtype), ragged(device, 3, 5)
-    with recurrent.forced(way):
-        for rule in (GATES, OUTPUTS):
-            check.no_worse(rule, *args, lengths, dtype == torch.float16)
+    check.check_slices_in_half(LSTM, device, way, dtype)
 
 
 WATCHED = """
@@ -154,7 +131,7 @@ def test_persistent_on_cuda():
     assert done.returncode == 0 and "all arrived" in done.stdout, done.stdout + done.stderr
 
 
-def test_slices_that_cannot_be(device, small):
+def test_slices_that_cannot_be(device):
     args = (*drawn(LSTM, device, 2, 2, 2, 200), None, False)
     with (
         recurrent.forced("persistent"),
@@ -181,8 +158,6 @@ def test_the_choice_of_a_path():
         recurrent.path(200, torch.float32)
     with pytest.raises(ValueError, match="no path 'nothing'"), recurrent.forced("nothing"):
         pass
-    with recurrent.forced("slices"), pytest.raises(ValueError, match="this cell has no slices path"):
-        recurrent.path(16, torch.float32)
     assert recurrent.path(200, torch.float32) == "steps"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import recurring as check
+import torch
 from fused import LAYOUTS, each_dtype
 from recurring import Cell, drawn, each_path, ragged
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,6 +75,18 @@ def test_paths_agree(device, cell):
 @each_cell
 def test_second_order(device, cell):
     check.check_second_order(cell, device, "gates", nonlinearity=cell.options[0])
+
+
+@each_cell
+@pytest.mark.parametrize("way, B, H", check.SLICES)
+def test_slices(device, monkeypatch, cell, way, B, H):
+    check.check_slices(cell, device, monkeypatch, way, B, H)
+
+
+@pytest.mark.parametrize("way", ["slices", "persistent"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_slices_in_half(device, way, dtype):
+    check.check_slices_in_half(TANH, device, way, dtype)
 
 
 def test_products_are_counted(device):
