@@ -197,8 +197,15 @@ class Rules(NamedTuple):
     planned: Rule
 
 
-def rules(core: Core) -> Rules:
-    """Make the operator and the rules of a cell."""
+class Pair(NamedTuple):
+    """Forward and backward of a rule."""
+
+    forward: Any
+    backward: Any
+
+
+def both(core: Core) -> tuple[Pair, Pair]:
+    """Forward and backward of the two rules of a cell, its y kept or not. Makes the operator."""
     again = backward_operator(core)
 
     def forward_y(x, h0, c0, wi, wh, b, bh, wr, lengths, s, reverse, save, k1, k2, p, cut):
@@ -235,11 +242,28 @@ def rules(core: Core) -> Rules:
         inputs = (x, h0, c0, wi, wh, b, bh, wr, lengths, s)
         return grads(dy, dcn, inputs, None, H, C, G, reverse, memory, k1, k2, p, cut, need)
 
+    return Pair(forward_y, backward_y), Pair(forward_plan, backward_plan)
+
+
+def rules(core: Core) -> Rules:
+    """The rules of a cell; the kernels' are in `triton_kernels.bptt`."""
     cn = "" if core.kind == "lstm" else "cn "
+    of_y, of_plan = both(core)
+
+    def kernel_y():
+        from bptoolkit.triton_kernels.bptt import KERNELS
+
+        return KERNELS[core.name].kept_y
+
+    def kernel_plan():
+        from bptoolkit.triton_kernels.bptt import KERNELS
+
+        return KERNELS[core.name].planned
+
     return Rules(
         core,
-        Rule(f"{core.name}_y", forward_y, backward_y, inputs=INPUTS, outputs="y cn C G", constants=f"{cn}C G"),
-        Rule(f"{core.name}_plan", forward_plan, backward_plan, inputs=INPUTS, outputs="y cn H C G", constants=f"{cn}H C G"),
+        Rule(f"{core.name}_y", *of_y, inputs=INPUTS, outputs="y cn C G", constants=f"{cn}C G", kernel=kernel_y),
+        Rule(f"{core.name}_plan", *of_plan, inputs=INPUTS, outputs="y cn H C G", constants=f"{cn}H C G", kernel=kernel_plan),
     )
 
 
