@@ -5,8 +5,8 @@ An op states `forward` and `backward` as plain functions in the letters of the m
 - reverse mode    an `autograd.Function` over the two rules;
 - higher order    `backward` is plain torch over *inputs and outputs*, so autograd differentiates it again. Whatever else it
                   would like to keep (cell states, log-sum-exp, statistics) is a further output of `forward`;
-- forward mode    u ↦ backward(u) is linear, with matrix Jᵀ; its own vjp is therefore J, and `jvp` is not written by hand (a rule
-                  whose backward has a vjp of its own may name it: `push`);
+- forward mode    u ↦ backward(u) is linear, with matrix Jᵀ; its own vjp is therefore J, and `jvp` is not written by hand; a
+                  rule whose backward has a vjp of its own may name that (`push`);
 - vmap            functorch batches both rules (`generate_vmap_rule`);
 - torch.compile   Dynamo sees the one call `in_graph(...)` and leaves its inside to AOTAutograd, which traces both rules.
 
@@ -50,8 +50,8 @@ class Rule:
         uses: input letter -> the saved letters its gradient uses; what no needed gradient uses is not saved. An input that
             is left out uses everything.
         constants: outputs without a derivative (masks, indices).
-        push: `push(tangents, *args)` -> the tangents of the outputs that are not constants, from those of the inputs (None: none)
-            and the arguments of backward, its cotangents zeros; for a backward whose transpose can be had without running it.
+        push: `push(tangents, *args)` -> the tangents of the outputs that are not constants, from those of the inputs, each one
+            or None, and the arguments of backward, with cotangents of zeros; where J can be had without running backward.
         kernel: imports and returns the `bptoolkit.triton_kernels.kernel.Kernel` that has the same two rules, fused; or None.
             (A function with the import written out, which Dynamo can follow; the first call that uses it imports Triton.)
 
@@ -294,7 +294,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
     nothing = (None,) * len(rule.options)  # the gradients of the options
 
     def again(backend: str) -> tuple[Any, Any]:
-        """The backward that can be differentiated again, pushed forward and batched; and `push` of its."""
+        """The backward that can be differentiated again, pushed forward and batched; and its `push`."""
         kernel = rule.kernel() if rule.kernel is not None and backend != "eager" else None
         return (rule.backward, rule.push) if kernel is None or kernel.again is None else (kernel.again, kernel.push)
 

@@ -217,8 +217,10 @@ _CALLS = (
 
 
 def specs(warp: int) -> list[Spec]:
-    """The kernels at the shipped configurations: full, causal, packed and causal, with a mask, a bias, all the options."""
-    return [
+    """The shipped configurations: full, causal, packed, with a mask, a bias, all the options; and those of the second order."""
+    from bptoolkit.triton_kernels.attention_double import configurations
+
+    return configurations(warp) + [
         _spec(t, E, label, kind, warp)
         for t, E, labels in _CALLS
         for label, kind in product(labels.split(), _KERNELS)

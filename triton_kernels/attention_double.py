@@ -1,10 +1,10 @@
 """Attention differentiated twice, by tiles in registers. For the maths see `bptoolkit.ops.attention_rule`.
 
-backward     of the rule, as a node that can be differentiated again, pushed forward and batched; it runs the kernels of `attention`
-its vjp      sums: u, w and g_dO of rows I, by a pass over K, V and the cotangents b, c; then rows: gQ of rows I, by another; then
-             columns: gK and gV of columns J, by passes over the rows of all heads that share them. P is made again in each of
-             them, with no L × S matrix and no atomics: the same bits every time
-forward mode u and g_dO alone, at the directions in which q, k and v move
+backward    of the rule, as a node that can be differentiated again, pushed forward and batched; it runs `attention`'s kernels
+its vjp     sums: u, w and g_dO of rows I, by a pass over K, V and the cotangents b, c; rows: gQ of rows I, by another; columns:
+            gK and gV of columns J, by passes over the rows of all heads that share them. P is made again in each of them; no
+            L × S matrix is, and no atomics: the same bits every time
+forward     mode is u and g_dO alone, at the directions in which q, k and v move
 
 Packed sequences, dropout, and what has to do with the gradient of a mask are the eager loops'.
 """
@@ -12,6 +12,7 @@ Packed sequences, dropout, and what has to do with the gradient of a mask are th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -20,8 +21,9 @@ import triton
 from torch import Tensor
 
 from bptoolkit.ops.attention_plain import nothing
-from bptoolkit.ops.attention_rule import RULE, backward_node, double_fast, push_by, run_backward
+from bptoolkit.ops.attention_rule import RULE, backward_node, double_fast, push_by, run_backward, shared, summed
 from bptoolkit.triton_kernels import attention as first
+from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.attention_layout import (
     Batch,
     Tile,
@@ -29,6 +31,7 @@ from bptoolkit.triton_kernels.attention_layout import (
     mask_of,
     near,
     of_samples,
+    options_of,
     precision_of,
     samples,
     shared_arguments,
@@ -42,28 +45,45 @@ WIDEST = 128  # features of a head
 
 
 def tile(kernel: str, E: int, bytes: int, warp: int) -> Tile:
-    """The tile of "sums", "rows" or "columns", for E padded features of elements of so many bytes. No more rows than "sums"."""
-    return Tile(32, 32, 4, 2)
+    """The tile of a launch, for E padded features of elements of so many bytes; no more rows than "sums" has.
+
+    kernel: "sums" (u and w; g_dO too unless `split`), "do", "rows", "columns" (gK; gV too unless `split`) or "v".
+    """
+    if bytes == 4:
+        return Tile(64, 16, 4, 1)
+    if warp == 64:
+        return Tile(32 if kernel in ("columns", "v") else 64, 32, 4, 1)
+    if E <= 64:
+        return Tile(64, 32, 8, 2)
+    return {"do": Tile(32, 32, 4, 2), "rows": Tile(32, 32, 8, 2)}.get(kernel, Tile(64, 16, 8, 2))
 
 
-def split(kernel: str, E: int, bytes: int, warp: int) -> bool:
-    """Whether "sums" (u and w, g_dO) or "columns" (gK, gV) takes two launches."""
-    return E > 64
+def split(E: int, bytes: int) -> bool:
+    """Whether g_dO and gV take launches of their own, for want of registers."""
+    return E > 64 or bytes == 4
 
 
-def constants(q: Tensor, m: Tensor | None, n: Batch, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any], Tile, bool]:
-    """What the kernels take from the features on, how they are launched, the tile, and whether there are two launches."""
+def part(bytes: int) -> int:
+    """How many features at a time enter the products over features, 0 for all: a factor of tf32x3 takes twice its registers."""
+    return 16 if bytes == 4 else 0
+
+
+def size_of(q: Tensor, n: Batch) -> tuple[int, int]:
+    return max(triton.next_power_of_2(max(n.E, n.EV)), 16), q.element_size()
+
+
+def constants(q: Tensor, m: Tensor | None, n: Batch, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
+    """What the kernels take from the features to the last but one, how they are launched, and the tile."""
     BE, BV = (max(triton.next_power_of_2(x), 16) for x in (n.E, n.EV))
-    size = max(BE, BV), q.element_size(), WARP
-    t = tile(kernel, *size)
+    t = tile(kernel, *size_of(q, n), WARP)
     natural = m is not None and m.dtype != torch.bool
     upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16  # whose products the interpreter gets wrong
-    fixed = (n.E, n.EV, BE, BV, t.BM, t.BN, natural, precision_of(q.dtype, WARP), upcast, tile("sums", *size).BM)
-    return fixed, {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}, t, split(kernel, *size)
+    fixed = n.E, n.EV, BE, BV, t.BM, t.BN, natural, precision_of(q.dtype, WARP), upcast, part(q.element_size())
+    return fixed, {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}, t
 
 
 def steps(t: Tensor | None, is_shared: bool = False) -> tuple[int, ...]:
-    """The steps over b, h, g and rows, those of k, v, b, c without g; zeros where the tensor is not given."""
+    """Over b, h, g and rows, without g for k, v, b, c; zeros where the tensor is not given."""
     if t is None:
         return (0,) * (3 if is_shared else 4)
     return near(t) if is_shared else t.stride()[:4]
@@ -97,46 +117,47 @@ def _launch(
     if not N:
         return out
     gdo, gdlse, gq, gk, gv, gslopes = (t if wanted else None for t, wanted in zip(out, need))
-    if a is None and b is None and f is None:  # U is 0: of X nothing is left, nor of gV
+    if a is None and b is None and f is None:  # U is 0: nothing is left of X, nor of gV
         v = o = None
         if gv is not None:
             gv.zero_()
             gv = None
     mask = mask_of(m, q)
-    terms = mask.m, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     A, dO, Q, O = (None if t is None else samples(t, n, n.G) for t in (a, do, q, o))
     B, C, K, V = (None if t is None else samples(t, n, 1) for t in (b, c, k, v))
+    terms = mask.m, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     given = A, B, C, of_samples(f, q, torch.float32), dO, Q, K, V, *terms
     walk = *steps(A), *steps(B, True), *steps(C, True), *steps(dO), *steps(Q), *steps(K, True), *steps(V, True), *mask.steps
     H, G, L, S, _, left, right, shift, sigma, cap_, *_ = shared_arguments(q, n, window, scale, cap, 0.0, False)
-    shared = H, G, L, S, left, right, shift, sigma, cap_
-    weights = gq is not None or gk is not None or gslopes is not None
+    common = H, G, L, S, left, right, shift, sigma, cap_
+    weights, two = not (gq is None and gk is None and gslopes is None), split(*size_of(q, n))
 
-    fixed, options, t, two = constants(q, m, n, "sums")
-    blocks = triton.cdiv(n.L, t.BM)
-    numbers = None
+    rows, numbers = (dense(dlse), O, dense(top), dense(l)), None
+    BR = tile("sums", *size_of(q, n), WARP).BM
     if weights or gv is not None:
-        numbers = torch.empty(N, blocks, 5, t.BM, dtype=torch.float32, device=q.device)
-    rows = dense(dlse), O, dense(top), dense(l)
-    wholes = ((numbers, None, gdlse, weights), (None, gdo, None, False)) if two else ((numbers, gdo, gdlse, weights),)
-    for *written, more in wholes:
-        if blocks and any(x is not None for x in written):
-            sums_kernel[(blocks * N,)](*given, *rows, *written, *walk, *steps(O), *shared, *fixed[:-1], more, **options)
+        numbers = torch.empty(N, triton.cdiv(n.L, BR), 5, BR, dtype=torch.float32, device=q.device)
+    launches: list[Any] = [("sums", numbers, None if two else gdo, gdlse, weights)]
+    launches += [("do", None, gdo, None, False)] if two else []
+    for kernel, *written, has_w in launches:
+        fixed, options, t = constants(q, m, n, kernel)
+        grid = (triton.cdiv(n.L, t.BM) * N,)
+        if grid[0] and any(x is not None for x in written):
+            sums_kernel[grid](*given, *rows, *written, *walk, *steps(O), *common, *fixed, has_w, **options)
 
     if gq is not None or gslopes is not None:
-        fixed, options, t, _ = constants(q, m, n, "rows")
+        fixed, options, t = constants(q, m, n, "rows")
         blocks = triton.cdiv(n.L, t.BM)
         partial = None if gslopes is None else torch.empty(N, blocks, dtype=torch.float32, device=q.device)
         if blocks:
-            second_rows_kernel[(blocks * N,)](*given, numbers, gq, partial, *walk, *shared, *fixed, **options)
+            second_rows_kernel[(blocks * N,)](*given, numbers, gq, partial, *walk, *common, *fixed, BR, **options)
         if gslopes is not None:
             torch.sum(partial, 1, out=gslopes.view(-1))
 
-    fixed, options, t, two = constants(q, m, n, "columns")
-    for written in ((gk, None), (None, gv)) if two else ((gk, gv),):
-        if n.S and any(x is not None for x in written):
-            grid = (triton.cdiv(n.S, t.BN) * n.B * n.H,)
-            second_columns_kernel[grid](*given, numbers, *written, *walk, *shared, *fixed, **options)
+    for kernel, *written in [("columns", gk, None), ("v", None, gv)] if two else [("columns", gk, gv)]:
+        fixed, options, t = constants(q, m, n, kernel)
+        grid = (triton.cdiv(n.S, t.BN) * n.B * n.H,)
+        if grid[0] and any(x is not None for x in written):
+            second_columns_kernel[grid](*given, numbers, *written, *walk, *common, *fixed, BR, **options)
     return out
 
 
@@ -151,43 +172,52 @@ def _fake(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, 
 
 def _flops(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need, *, out_shape=None):
     """Of the maths: each product once."""
-    E, V = q[-1] * (1 + (a is not None) + (b is not None)), do[-1] * ((v is not None) + (c is not None))
-    of_do, _, of_q, of_k, of_v, _ = need
-    E += q[-1] * (of_q * (1 + (b is not None)) + of_k * (1 + (a is not None)))
-    V += do[-1] * (of_do * ((v is not None) + (c is not None)) + of_v)
-    return 2 * prod(q[:-1]) * k[-2] * (E + V)
+    of_a, of_b, of_c, of_v = (t is not None for t in (a, b, c, v))
+    need_do, _, need_q, need_k, need_v, _ = need
+    by_e = 1 + of_a + of_b + need_q * (1 + of_b) + need_k * (1 + of_a)
+    by_v = (of_v + of_c) * (1 + need_do) + need_v
+    return 2 * prod(q[:-1]) * k[-2] * (q[-1] * by_e + do[-1] * by_v)
 
 
 DOUBLE = operator("triton_attention_double", _launch, _fake, flops=_flops)
 
 
-def _again_fast(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
-    """`attention.backward`, with the parameters of the node."""
-    of = {"q": q, "k": k, "v": v, "m": m, "slopes": slopes}
-    wanted = RULE.Need(*(x[0] in need for x in of), *(False,) * 4)
-    options = window, scale, cap, p
-    run = RULE.backward if first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, *options) else first.backward
+# The rule's backward, to be differentiated again ---------------------------------------------------------------------------
+
+
+def _fast(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
+    """The first order: `attention.backward`, where it takes the call."""
+    of, options = {"q": q, "k": k, "v": v, "m": m, "s": slopes}, (window, scale, cap, p)
+    wanted = RULE.Need(*(x in need for x in of), *(False,) * 4)
+    why = first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, *options)
+    run = RULE.backward if why else first.backward
     with torch.no_grad():
         grads = run(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, *options, wanted)
     return tuple(nothing(q) if g is None else g for g in grads[:5])
 
 
 def _double(a, b, c, e, f, wanted, args):
+    """The second: as `double_fast`."""
     do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, _ = args
     left_out = e is not None or "m" in wanted or p or cu_q is not None or max(q.shape[-1], do.shape[-1]) > WIDEST
     if left_out or first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
         return double_fast(a, b, c, e, f, wanted, args)
+    K, V = k, v
+    if WARP == 64 and options_of((m, slopes, lengths), window, cap) == 2:  # a loop over the group would spill scalars
+        K, V, b, c = (shared(t, q) for t in (k, v, b, c))
     need = [x in wanted for x in "olqkvs"]
-    grads = DOUBLE(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, o, top, l, list(window), scale, cap, need)
+    grads = DOUBLE(a, b, c, f, do, dlse, q, K, V, m, slopes, lengths, o, top, l, list(window), scale, cap, need)
     gdo, gdlse, gq, gk, gv, gh = (g if n else None for g, n in zip(grads, need))
+    gk, gv = (summed(g, k, g is not None) for g in (gk, gv))
     return gdo, gdlse, gq, gk, gv, None, None if gh is None else gh.sum_to_size(slopes.shape).to(slopes.dtype)
 
 
-AGAIN = backward_node("attention_backward_fused", _again_fast, _double)
+AGAIN = backward_node("attention_backward_fused", _fast, _double)
 
 
 def again(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
-    return run_backward(AGAIN, do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need)
+    args = do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p
+    return run_backward(AGAIN, *args, need)
 
 
 def push(tangents, do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
@@ -196,3 +226,50 @@ def push(tangents, do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, t
 
 
 KERNEL = first.KERNEL._replace(again=again, push=push)
+
+
+# The shipped configurations ------------------------------------------------------------------------------------------------
+
+_KERNELS = {
+    "sums": (sums_kernel, "numbers gdlse"),
+    "do": (sums_kernel, "gdo"),
+    "rows": (second_rows_kernel, "numbers gq"),
+    "columns": (second_columns_kernel, "numbers gk"),
+    "v": (second_columns_kernel, "numbers gv"),
+}
+_TENSORS, _OUTPUTS = "a b c do q k v o", "gdo gq gk gv"
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_FLOAT32 = "f slopes dlse top l numbers gdlse gslopes"
+
+
+def configurations(warp: int) -> list[Spec]:
+    """Every launch: causal, at all cotangents of q, k and v; and with all of the options. `attention.specs` has them."""
+    every = []
+    for t, E, (kind, (kernel, written)), label in product(("bf16", "fp32"), (64, 128), _KERNELS.items(), ("causal", "all")):
+        bytes, names = 4 if t == "fp32" else 2, kernel.arg_names
+        two = split(E, bytes)
+        if (kind in ("do", "v") and not two) or (t == "fp32" and E == 64 and label == "causal"):
+            continue
+        pointers = dict.fromkeys([*_TENSORS.split(), *_OUTPUTS.split(), "m"], f"*{t}") | {"lengths": "*i32"}
+        pointers |= dict.fromkeys(_FLOAT32.split(), "*fp32")
+        there = {*_TENSORS.split(), "top", "l", *written.split()}
+        there |= {"m", "f", "slopes", "lengths", "dlse", "gslopes"} if label == "all" else set()
+        there |= set() if two else {"sums": {"gdo"}, "columns": {"gv"}}.get(kind, set())
+        types = {name: of for name, of in pointers.items() if name in there}
+        types |= dict.fromkeys(("H", "G", "L", "S", "shift", "right"), "i32") | {"scale": "fp32"}
+        types |= {"left": "i32", "cap": "fp32"} if label == "all" else {}
+        BM, BN, warps, stages = tile(kind, E, bytes, warp)
+        values: dict[str, Any] = dict.fromkeys((*pointers, "left", "cap"))
+        values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "BR": tile("sums", E, bytes, warp).BM, "ms": 1}
+        values |= {"NATURAL": label == "all", "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
+        values |= {"PART": part(bytes), "WEIGHTS": kind == "sums"}
+        if warp == 64 and label == "all" and kernel is second_columns_kernel:
+            del types["G"]
+            values["G"] = 1  # see `_double`
+        steps = [name for name in names if name not in types and name not in values]  # and MH, MG, which are like them
+        types |= dict.fromkeys(steps, "i32")
+        types = {name: types[name] for name in names if name in types}
+        aligned = tuple(name for name, of in types.items() if of[0] == "*" or (name in steps and name[0] != "M"))
+        values = {name: value for name, value in values.items() if name in names and name not in types}
+        every.append(Spec(f"attention twice {kind} {t} {E} {label}", kernel, types, values, aligned, warps, stages, True))
+    return every

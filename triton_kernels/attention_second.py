@@ -1,8 +1,8 @@
-"""The kernels of attention's second order. For the maths see `bptoolkit.ops.attention_rule`, for the launches `attention_double`.
+"""The kernels of attention's second order. For the maths see `bptoolkit.ops.attention_rule`, for launches `attention_double`.
 
-As in `attention_loops`: a program has a tile of rows I, or of columns J, and passes over what that sees. P is made again from S, T
-and l. a, b, c and f are the cotangents of dQ, dK, dV and dh, the directions in which Q, K, V and h move; what is not given is
-None, in the tile as in the call. b and c are shared by a group as k and v are.
+As in `attention_loops`: a program has a tile of rows I, or of columns J, and passes over what that sees. P is made again from
+S, T and l. a, b, c and f are the cotangents of dQ, dK, dV and dh, the directions in which Q, K, V and h move; what is not given
+is None, in the tile as in the call. b and c are shared by a group as k and v are.
 
 What `sums_kernel` finds of a row are five numbers, T, 1/l, u, D and w − u dlse, each of them for BR rows, its BM, at a time.
 """
@@ -10,70 +10,8 @@ What `sums_kernel` finds of a row are five numbers, T, 1/l, u, D and w − u dls
 import triton
 import triton.language as tl
 
-from bptoolkit.triton_kernels.attention_loops import LOG2E, exponential, mask_at, put, rows, scores, seen_by, wide
-
-
-@triton.jit
-def of_sample(p, n, H, G, pb, ph, pg):
-    """Where sample n = (b, h, g) begins."""
-    return p + (n // (H * G) * pb + n // G % H * ph + n % G * pg)
-
-
-@triton.jit
-def tile_of(p, step, first, count, E: tl.constexpr, R: tl.constexpr, BE: tl.constexpr, UPCAST: tl.constexpr):
-    """R rows from `first` on, or None."""
-    if p is None:
-        x = None
-    else:
-        x = rows(p + wide(first) * step, step, count - first, E, R, BE, UPCAST)  # R BE
-    return x
-
-
-@triton.jit
-def change(Q, a, K, b, t, f, apart, scale, cap, PRECISION: tl.constexpr):
-    """U of a tile, and of it what Q and K give, with a cap A∘(1 − τ²). Of K, b, Q, a it is transposed."""
-    x, u = None, None
-    if a is not None:
-        x = tl.dot(a, tl.trans(K), input_precision=PRECISION)
-        if b is not None:
-            x = tl.dot(Q, tl.trans(b), x, input_precision=PRECISION)
-    elif b is not None:
-        x = tl.dot(Q, tl.trans(b), input_precision=PRECISION)
-    if x is not None:
-        x *= scale
-        if cap is not None:
-            x *= 1 - t * t
-        u = x
-    if f is not None:
-        if u is None:
-            u = -f * apart
-        else:
-            u = u - f * apart
-    return u, x
-
-
-@triton.jit
-def second(p, u_, w_, D, U, x, G, C, t, cap):
-    """W and dS of a tile, by S; and by R = σ Q Kᵀ. G is dO Vᵀ, C dO cᵀ; U, and with it G, or C may be None."""
-    ds = None
-    if U is None:
-        w = p * (C - w_)
-    else:
-        X = G - D
-        ds = p * X
-        w = (U - u_) * X - w_
-        if C is not None:
-            w += C
-        w *= p
-    wr = w
-    if cap is not None:
-        slope = 1 - t * t
-        wr = w * slope
-        if ds is not None:
-            if x is not None:
-                wr -= (2 / cap) * ds * x * t
-            ds *= slope
-    return w, wr, ds
+from bptoolkit.triton_kernels.attention_loops import LOG2E, exponential, mask_at, put, scores, seen_by
+from bptoolkit.triton_kernels.attention_second_tiles import change, of_sample, products, products_by_parts, second, tile_of
 
 
 @triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift"])
@@ -83,7 +21,8 @@ def sums_kernel(
     mb, mh, mg, ml, ms, MH, MG, yb, yh, yg, yl,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NATURAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WEIGHTS: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PART: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Of rows I: u, w − u dlse and the other numbers that the next kernels want of them; g_dO and g_dlse.
 
@@ -99,11 +38,16 @@ def sums_kernel(
     T = T if NATURAL else T * LOG2E
     r = 1 / tl.load(l + at, here, other=1.0)
     MOVES: tl.constexpr = a is not None or b is not None or f is not None
-    Q = tile_of(of_sample(q, n, H, G, qb, qh, qg), ql, i0, L, E, BM, BE, UPCAST)  # BM BE
-    A, dO, O, slope, f_, length = None, None, None, None, None, S
-    k, b1, c1 = of_sample(k, n, H, G, kb, kh, 0), None, None
+    slope, f_, length = None, None, S
+    q, k = of_sample(q, n, H, G, qb, qh, qg), of_sample(k, n, H, G, kb, kh, 0)
+    do, a1, b1, c1 = of_sample(do, n, H, G, ob, oh, og), None, None, None
     if a is not None:
-        A = tile_of(of_sample(a, n, H, G, ab, ah, ag), al, i0, L, E, BM, BE, UPCAST)  # BM BE
+        a1 = of_sample(a, n, H, G, ab, ah, ag)
+    if not PART:
+        Q = tile_of(q, ql, i0, L, E, BM, BE, UPCAST)  # BM BE
+        A = tile_of(a1, al, i0, L, E, BM, BE, UPCAST)  # BM BE
+        if WEIGHTS:
+            dO = tile_of(do, ol, i0, L, EV, BM, BV, UPCAST)  # BM BV
     if b is not None:
         b1 = of_sample(b, n, H, G, bb, bh, 0)
     if c is not None:
@@ -116,14 +60,12 @@ def sums_kernel(
         f_ = tl.load(f + n)
     if lengths is not None:
         length = tl.maximum(tl.minimum(tl.load(lengths + n), S), 0)
-    if WEIGHTS:
-        dO = tile_of(of_sample(do, n, H, G, ob, oh, og), ol, i0, L, EV, BM, BV, UPCAST)  # BM BV
-        if MOVES:
-            O = tile_of(of_sample(o, n, H, G, yb, yh, yg), yl, i0, L, EV, BM, BV, False).to(tl.float32)  # BM BV
-            d = tl.sum(dO.to(tl.float32) * O, 1)
-            if dlse is not None:
-                d -= tl.load(dlse + at, here, other=0.0).to(tl.float32)
-            tl.store(numbers + (to + 3 * BM), d)
+    if WEIGHTS and MOVES:
+        O = tile_of(of_sample(o, n, H, G, yb, yh, yg), yl, i0, L, EV, BM, BV, False).to(tl.float32)  # BM BV
+        d = tl.sum(tile_of(do, ol, i0, L, EV, BM, BV, False).to(tl.float32) * O, 1)
+        if dlse is not None:
+            d -= tl.load(dlse + at, here, other=0.0).to(tl.float32)
+        tl.store(numbers + (to + 3 * BM), d)
     if numbers is not None:
         tl.store(numbers + to, T)
         tl.store(numbers + (to + BM), r)
@@ -135,28 +77,40 @@ def sums_kernel(
         A_do = tl.zeros((BM, BV), tl.float32)
     begin, _, _, end = seen_by(i0, BM, BN, length, left, right, shift)
     for j0 in range(begin, end, BN):
-        K = tile_of(k, ks, j0, S, E, BN, BE, UPCAST)  # BN BE
-        x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
+        if PART:
+            x, y = products_by_parts(q, ql, a1, al, i0, L, k, ks, b1, bs, j0, S, E, BM, BN, BE, PART, PRECISION)  # BM BN
+        else:
+            K = tile_of(k, ks, j0, S, E, BN, BE, UPCAST)  # BN BE
+            B = tile_of(b1, bs, j0, S, E, BN, BE, UPCAST)  # BN BE
+            x, y = products(Q, A, K, B, PRECISION)  # BM BN
         s, t = scores(x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, True)
         p = exponential(s - T[:, None], NATURAL) * r[:, None]
+        apart, GV, GC = None, None, None
+        if f is not None:
+            apart = tl.abs(i - j + (i0 + shift - j0)).to(tl.float32)
+        U, _x = change(y, t, f_, apart, scale, cap)
+        if PART:
+            if WEIGHTS and MOVES:
+                GV, GC = products_by_parts(do, ol, None, 0, i0, L, v, vs, c1, cs, j0, S, EV, BM, BN, BV, PART, PRECISION)
+            elif WEIGHTS:
+                GC, _y = products_by_parts(do, ol, None, 0, i0, L, c1, cs, None, 0, j0, S, EV, BM, BN, BV, PART, PRECISION)
+        C = tile_of(c1, cs, j0, S, EV, BN, BV, UPCAST)  # BN BV
         if c is not None:
-            C = tile_of(c1, cs, j0, S, EV, BN, BV, UPCAST)  # BN BV
             if WEIGHTS:
-                w += tl.sum(p * tl.dot(dO, tl.trans(C), input_precision=PRECISION), 1)
+                if not PART:
+                    GC = tl.dot(dO, tl.trans(C), input_precision=PRECISION)
+                w += tl.sum(p * GC, 1)
             if gdo is not None:
                 A_do = tl.dot(p.to(C.dtype), C, A_do, input_precision=PRECISION)
         if MOVES:
-            B = tile_of(b1, bs, j0, S, E, BN, BE, UPCAST)  # BN BE
-            apart = None
-            if f is not None:
-                apart = tl.abs(i - j + (i0 + shift - j0)).to(tl.float32)
-            U, moved = change(Q, A, K, B, t, f_, apart, scale, cap, PRECISION)
             p *= U
             u += tl.sum(p, 1)
             if WEIGHTS or gdo is not None:
                 V = tile_of(v, vs, j0, S, EV, BN, BV, UPCAST)  # BN BV
                 if WEIGHTS:
-                    w += tl.sum(p * (tl.dot(dO, tl.trans(V), input_precision=PRECISION) - d[:, None]), 1)
+                    if not PART:
+                        GV = tl.dot(dO, tl.trans(V), input_precision=PRECISION)
+                    w += tl.sum(p * (GV - d[:, None]), 1)
                 if gdo is not None:
                     A_do = tl.dot(p.to(V.dtype), V, A_do, input_precision=PRECISION)
     if gdlse is not None:
@@ -181,7 +135,8 @@ def second_rows_kernel(
     mb, mh, mg, ml, ms, MH, MG,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NATURAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BR: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PART: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
     """gQ of rows I, and what they give to the gradient of their slope."""
     blocks = tl.cdiv(L, BM)
@@ -191,12 +146,15 @@ def second_rows_kernel(
     to = (n * tl.cdiv(L, BR) + i0 // BR) * (5 * BR) + i0 % BR + tl.arange(0, BM)
     T, r, w = tl.load(numbers + to), tl.load(numbers + (to + BR)), tl.load(numbers + (to + 4 * BR))[:, None]
     MOVES: tl.constexpr = a is not None or b is not None or f is not None
-    Q = tile_of(of_sample(q, n, H, G, qb, qh, qg), ql, i0, L, E, BM, BE, UPCAST)  # BM BE
-    dO = tile_of(of_sample(do, n, H, G, ob, oh, og), ol, i0, L, EV, BM, BV, UPCAST)  # BM BV
-    A, d, u, slope, f_, length = None, None, None, None, None, S
-    k, b1, c1 = of_sample(k, n, H, G, kb, kh, 0), None, None
+    d, u, slope, f_, length = None, None, None, None, S
+    q, k = of_sample(q, n, H, G, qb, qh, qg), of_sample(k, n, H, G, kb, kh, 0)
+    do, a1, b1, c1 = of_sample(do, n, H, G, ob, oh, og), None, None, None
     if a is not None:
-        A = tile_of(of_sample(a, n, H, G, ab, ah, ag), al, i0, L, E, BM, BE, UPCAST)  # BM BE
+        a1 = of_sample(a, n, H, G, ab, ah, ag)
+    if not PART:
+        Q = tile_of(q, ql, i0, L, E, BM, BE, UPCAST)  # BM BE
+        A = tile_of(a1, al, i0, L, E, BM, BE, UPCAST)  # BM BE
+        dO = tile_of(do, ol, i0, L, EV, BM, BV, UPCAST)  # BM BV
     if b is not None:
         b1 = of_sample(b, n, H, G, bb, bh, 0)
     if c is not None:
@@ -216,23 +174,35 @@ def second_rows_kernel(
     A_q, F = tl.zeros((BM, BE), tl.float32), tl.zeros((BM,), tl.float32)
     begin, _, _, end = seen_by(i0, BM, BN, length, left, right, shift)
     for j0 in range(begin, end, BN):
-        K = tile_of(k, ks, j0, S, E, BN, BE, UPCAST)  # BN BE
-        B = tile_of(b1, bs, j0, S, E, BN, BE, UPCAST)  # BN BE
-        x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
+        if PART:
+            x, y = products_by_parts(q, ql, a1, al, i0, L, k, ks, b1, bs, j0, S, E, BM, BN, BE, PART, PRECISION)  # BM BN
+        else:
+            K = tile_of(k, ks, j0, S, E, BN, BE, UPCAST)  # BN BE
+            B = tile_of(b1, bs, j0, S, E, BN, BE, UPCAST)  # BN BE
+            x, y = products(Q, A, K, B, PRECISION)  # BM BN
         s, t = scores(x, i, j, i0, j0, m, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, True)
         p = exponential(s - T[:, None], NATURAL) * r[:, None]
         GV, GC, apart = None, None, None
-        if c is not None:
-            GC = tl.dot(dO, tl.trans(tile_of(c1, cs, j0, S, EV, BN, BV, UPCAST)), input_precision=PRECISION)
-        if MOVES:
-            GV = tl.dot(dO, tl.trans(tile_of(v, vs, j0, S, EV, BN, BV, UPCAST)), input_precision=PRECISION)
+        if PART:
+            if MOVES:
+                GV, GC = products_by_parts(do, ol, None, 0, i0, L, v, vs, c1, cs, j0, S, EV, BM, BN, BV, PART, PRECISION)
+            else:
+                GC, _y = products_by_parts(do, ol, None, 0, i0, L, c1, cs, None, 0, j0, S, EV, BM, BN, BV, PART, PRECISION)
+        else:
+            if c is not None:
+                GC = tl.dot(dO, tl.trans(tile_of(c1, cs, j0, S, EV, BN, BV, UPCAST)), input_precision=PRECISION)
+            if MOVES:
+                GV = tl.dot(dO, tl.trans(tile_of(v, vs, j0, S, EV, BN, BV, UPCAST)), input_precision=PRECISION)
         if f is not None or gslopes is not None:
             apart = tl.abs(i - j + (i0 + shift - j0)).to(tl.float32)
-        U, x = change(Q, A, K, B, t, f_, apart, scale, cap, PRECISION)
+        U, x = change(y, t, f_, apart, scale, cap)
         W, WR, dS = second(p, u, w, d, U, x, GV, GC, t, cap)
         if gslopes is not None:
             F -= tl.sum(W * apart, 1)
         if gq is not None:
+            if PART:
+                K = tile_of(k, ks, j0, S, E, BN, BE, UPCAST)  # BN BE
+                B = tile_of(b1, bs, j0, S, E, BN, BE, UPCAST)  # BN BE
             A_q = tl.dot(WR.to(K.dtype), K, A_q, input_precision=PRECISION)
             if b is not None:
                 A_q = tl.dot(dS.to(B.dtype), B, A_q, input_precision=PRECISION)
@@ -249,7 +219,8 @@ def second_columns_kernel(
     mb, mh, mg, ml, ms, MH, MG,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NATURAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BR: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PART: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
     """gK or gV of columns J, or both, summed over the group. All tiles are transposed.
 
@@ -261,16 +232,21 @@ def second_columns_kernel(
     group = (pid // blocks).to(tl.int64)  # (b, h)
     first = group * G
     MOVES: tl.constexpr = a is not None or b is not None or f is not None
-    K = tile_of(of_sample(k, first, H, G, kb, kh, 0), ks, j0, S, E, BN, BE, UPCAST)  # BN BE
-    B, C, V = None, None, None
+    b1, c1, v1 = None, None, None
+    k = of_sample(k, first, H, G, kb, kh, 0)
     if b is not None:
-        B = tile_of(of_sample(b, first, H, G, bb, bh, 0), bs, j0, S, E, BN, BE, UPCAST)  # BN BE
+        b1 = of_sample(b, first, H, G, bb, bh, 0)
     if gk is not None:
         if c is not None:
-            C = tile_of(of_sample(c, first, H, G, cb, ch, 0), cs, j0, S, EV, BN, BV, UPCAST)  # BN BV
+            c1 = of_sample(c, first, H, G, cb, ch, 0)
         if MOVES:
-            V = tile_of(of_sample(v, first, H, G, vb, vh, 0), vs, j0, S, EV, BN, BV, UPCAST)  # BN BV
+            v1 = of_sample(v, first, H, G, vb, vh, 0)
         A_k = tl.zeros((BN, BE), tl.float32)
+    if not PART:
+        K = tile_of(k, ks, j0, S, E, BN, BE, UPCAST)  # BN BE
+        B = tile_of(b1, bs, j0, S, E, BN, BE, UPCAST)  # BN BE
+        C = tile_of(c1, cs, j0, S, EV, BN, BV, UPCAST)  # BN BV
+        V = tile_of(v1, vs, j0, S, EV, BN, BV, UPCAST)  # BN BV
     if gv is not None:
         A_v = tl.zeros((BN, BV), tl.float32)
     EDGE: tl.constexpr = left is not None or right is not None or lengths is not None
@@ -295,10 +271,12 @@ def second_columns_kernel(
             last = tl.where(length > j0, end, begin)
         for i0 in range(begin, last, BM):
             to = (n * stretch + i0 // BR) * (5 * BR) + i0 % BR + tl.arange(0, BM)
-            Q = tile_of(q1, ql, i0, L, E, BM, BE, UPCAST)  # BM BE
-            A = tile_of(a1, al, i0, L, E, BM, BE, UPCAST)  # BM BE
-            dO = tile_of(do1, ol, i0, L, EV, BM, BV, UPCAST)  # BM BV
-            x = tl.dot(K, tl.trans(Q), input_precision=PRECISION)  # BN BM
+            if PART:
+                x, y = products_by_parts(k, ks, b1, bs, j0, S, q1, ql, a1, al, i0, L, E, BN, BM, BE, PART, PRECISION)  # BN BM
+            else:
+                Q = tile_of(q1, ql, i0, L, E, BM, BE, UPCAST)  # BM BE
+                A = tile_of(a1, al, i0, L, E, BM, BE, UPCAST)  # BM BE
+                x, y = products(K, B, Q, A, PRECISION)  # BN BM
             s, t = scores(
                 x, i, j, i0, j0, mask, ml, ms, L, slope, left, right, shift, length, scale, cap, NATURAL, EDGE
             )  # fmt: skip
@@ -306,17 +284,33 @@ def second_columns_kernel(
             GV, GC, d, u, apart = None, None, None, None, None
             if f is not None:
                 apart = tl.abs(i - j + (i0 + shift - j0)).to(tl.float32)
-            U, x = change(K, B, Q, A, t, f_, apart, scale, cap, PRECISION)
+            U, x = change(y, t, f_, apart, scale, cap)
             if MOVES:
                 u = tl.load(numbers + (to + 2 * BR))[None, :]
+            if not PART or gv is not None:
+                dO = tile_of(do1, ol, i0, L, EV, BM, BV, UPCAST)  # BM BV
             if gv is not None:
                 A_v = tl.dot((p * (U - u)).to(dO.dtype), dO, A_v, input_precision=PRECISION)
             if gk is not None:
-                if C is not None:
-                    GC = tl.dot(C, tl.trans(dO), input_precision=PRECISION)
+                if PART:
+                    if MOVES:
+                        GV, GC = products_by_parts(
+                            v1, vs, c1, cs, j0, S, do1, ol, None, 0, i0, L, EV, BN, BM, BV, PART, PRECISION
+                        )  # fmt: skip
+                    else:
+                        GC, _y = products_by_parts(
+                            c1, cs, None, 0, j0, S, do1, ol, None, 0, i0, L, EV, BN, BM, BV, PART, PRECISION
+                        )  # fmt: skip
+                    Q = tile_of(q1, ql, i0, L, E, BM, BE, UPCAST)  # BM BE
+                    A = tile_of(a1, al, i0, L, E, BM, BE, UPCAST)  # BM BE
+                else:
+                    if c is not None:
+                        GC = tl.dot(C, tl.trans(dO), input_precision=PRECISION)
+                    if MOVES:
+                        GV = tl.dot(V, tl.trans(dO), input_precision=PRECISION)
                 if MOVES:
-                    GV, d = tl.dot(V, tl.trans(dO), input_precision=PRECISION), tl.load(numbers + (to + 3 * BR))[None, :]
-                W, WR, dS = second(p, u, tl.load(numbers + (to + 4 * BR))[None, :], d, U, x, GV, GC, t, cap)
+                    d = tl.load(numbers + (to + 3 * BR))[None, :]
+                _W, WR, dS = second(p, u, tl.load(numbers + (to + 4 * BR))[None, :], d, U, x, GV, GC, t, cap)
                 A_k = tl.dot(WR.to(Q.dtype), Q, A_k, input_precision=PRECISION)
                 if a is not None:
                     A_k = tl.dot(dS.to(A.dtype), A, A_k, input_precision=PRECISION)

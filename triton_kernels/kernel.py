@@ -20,7 +20,7 @@ class Kernel(NamedTuple):
         backward: as `Rule.backward`.
         unsupported: the rule's inputs and options -> why the kernel cannot take the call, or None.
         on_request: why backend="auto" leaves every call to the eager rule, so that the kernel runs by name alone; or None.
-        again: as `backward`, but it can be differentiated again, pushed forward and batched; None where that is the eager rule's.
+        again: as `backward`, but one that can be differentiated again, pushed forward and batched; or None: the eager rule's.
         push: as `Rule.push`, of `again`.
     """
 

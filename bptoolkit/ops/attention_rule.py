@@ -88,8 +88,8 @@ def _backward_fake(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, t
     return tuple(q.new_empty(like[x][0], dtype=like[x][1].dtype) if x in need else nothing(q) for x in "qkvms")
 
 
-def double_plain(a, b, c, e, f, wanted, args):
-    do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, _ = args
+def _double_plain(a, b, c, e, f, wanted, args):
+    do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, _, _, _, window, scale, cap, p, _ = args
     K, V, b, c = (shared(t, q) for t in (k, v, b, c))
     terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
     grads = plain.double_backward(a, b, c, e, f, do, dlse, q, K, V, cu_q, cu_k, terms, wanted)
@@ -97,7 +97,7 @@ def double_plain(a, b, c, e, f, wanted, args):
 
 
 def double_fast(a, b, c, e, f, wanted, args):
-    """The vjp of backward by tiles, at the cotangents a ... f; the letters of `wanted` are "o" for do, "l" for dlse, "qkvms"."""
+    """The vjp of backward by tiles, at the cotangents a ... f. `wanted`: "o" for do, "l" for dlse, and letters of "qkvms"."""
     do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, _ = args
     K, V, b, c = (shared(t, q) for t in (k, v, b, c))
     terms = Terms(m, slopes, lengths, seed, window, scale, cap, p)
@@ -129,7 +129,7 @@ def backward_node(name: str, fast: Any, double: Any) -> Opaque:
         if all(g is None for g in cotangents):
             return [None if not n else torch.zeros_like(t) for n, t in zip(need, args)]
         if _transforms_active() or _legacy_batched((*cotangents, *args)):
-            return [*double_plain(*cotangents, wanted, args), *(None,) * 7]
+            return [*_double_plain(*cotangents, wanted, args), *(None,) * 7]
         with torch.no_grad():
             return [*double(*cotangents, wanted, args), *(None,) * 7]
 

@@ -400,10 +400,8 @@ def test_batched_and_mixed(device, how):
     q, k, v = (t[:1, :1, :3, :2] for t in leaves(device))
     m = normal(1, 1, 3, 3, device=device)
     for options in ({"is_causal": True}, {"attn_mask": m}):
-        got, want = (
-            BATCHED[how](lambda *t, b=backend: sdpa(*t, **options, backend=b).sin().sum(), q, k, v)
-            for backend in ("auto", "eager")
-        )
+        losses = (lambda *t, given={**options, "backend": b}: sdpa(*t, **given).sin().sum() for b in ("auto", "eager"))
+        got, want = (BATCHED[how](loss, q, k, v) for loss in losses)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
