@@ -40,7 +40,6 @@ from bptoolkit.triton_kernels.attention_second import second_columns_kernel, sec
 from bptoolkit.triton_kernels.kernel import WARP, dense
 from bptoolkit.triton_kernels.operator import operator
 
-
 WIDEST = 128  # features of a head
 
 
