@@ -2,8 +2,8 @@
 
 forward    a program has rows I of Q and passes over K and V: the running maximum T and sum l, O rescaled as T grows
 backward   rows: D = rowsum(dO∘O) − dlse and dQ of rows I, by passes over K and V; then columns: dK and dV of columns J, by
-           passes over the rows of all heads that share them. P is made again from S, T and l. 7 products of matrices instead
-           of 5, and no atomics: the same bits every time
+           passes over the rows of all heads that share them; then dM, in `attention_bias`. P is made again from S, T and l.
+           7 products of matrices instead of 5, and no atomics: the same bits every time
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bptoolkit.triton_kernels.attention_loops import columns_kernel, forward_ker
 from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
 from bptoolkit.triton_kernels.operator import operator
 
-WIDEST = 256  # features of a head
+WIDEST = {2: 256, 4: 128}  # bytes of an element -> features of a head; three products of tf32 take registers
 
 
 def _launch_forward(
@@ -185,9 +185,9 @@ def unsupported(
     p: float,
 ) -> str | None:
     """Why the kernel cannot take the call, or None."""
-    E = max(q.shape[-1], v.shape[-1])
-    if E > WIDEST:
-        return f"a head of {E} features is too wide for the fused kernel: at most {WIDEST}"
+    E, most = max(q.shape[-1], v.shape[-1]), WIDEST.get(q.element_size())
+    if most is not None and most < E:
+        return f"a head of {E} features of {q.dtype} is too wide for the fused kernel: at most {most}"
     return computed_in_float32(q)
 
 
@@ -197,22 +197,21 @@ KERNEL = Kernel(forward, backward, unsupported)
 _KERNELS = {"forward": forward_kernel, "rows": rows_kernel, "columns": columns_kernel, "mask": mask_kernel}
 _OF_FLOATS = {"lse", "top", "l", "T_", "r_", "D"}
 _OPTIONAL = ("m", "slopes", "lengths", "seed", "cu_q", "cu_k", "dlse", "dslopes", "left", "right", "cap")
-_GIVEN = {
+_GIVEN: dict[str, dict[str, str]] = {
     "full": {},
     "causal": {"right": "i32"},
     "packed": {"right": "i32", "cu_q": "*i32", "cu_k": "*i32"},
     "mask": {"m": "*u8"},
     "bias": {"m": "*t"},
-    "everything": dict.fromkeys(("right", "left"), "i32")
-    | {"m": "*t", "slopes": "*fp32", "lengths": "*i32", "cap": "fp32", "seed": "*i32"},
+    "options": dict.fromkeys(("right", "left"), "i32") | {"m": "*t", "slopes": "*fp32", "lengths": "*i32", "cap": "fp32"},
 }
+_GIVEN["everything"] = _GIVEN["options"] | {"seed": "*i32"}
 _CALLS = (
     ("bf16", 64, "causal mask everything"),
-    ("bf16", 128, "full causal packed bias everything"),
+    ("bf16", 128, "causal packed bias options everything"),
     ("bf16", 256, "causal packed everything"),
     ("fp32", 64, "causal"),
     ("fp32", 128, "causal everything"),
-    ("fp32", 256, "causal everything"),
 )
 
 
@@ -230,8 +229,8 @@ def specs(warp: int) -> list[Spec]:
 
 def _spec(t: str, E: int, label: str, kind: str, warp: int) -> Spec:
     kernel, names = _KERNELS[kind], _KERNELS[kind].arg_names
-    given: dict[str, str] = dict(_GIVEN[label])  # type: ignore[call-overload]
-    if label == "everything":
+    given: dict[str, str] = dict(_GIVEN[label])
+    if label in ("options", "everything"):
         given |= {"dlse": "*fp32", "dslopes": "*fp32"}
     terms, window = [given.get(x) for x in ("m", "slopes", "lengths", "seed")], [0 if "left" in given else -1]
     has = options_of(terms, window, "cap" in given)
@@ -244,7 +243,7 @@ def _spec(t: str, E: int, label: str, kind: str, warp: int) -> Spec:
     types = given | dict.fromkeys(("scale", "inverse"), "fp32")
     for name in (name for name in names if name not in types and name not in values):
         number = names.index(name) > names.index("ob" if "ob" in names else "qb") or name in ("ob", "qb")
-        types[name] = "i32" if number else "*fp32" if name in _OF_FLOATS else "*t"
+        types[name] = "i32" if number else "*fp32" if name in _OF_FLOATS else "*i32" if name == "order" else "*t"
     types = {name: types[name].replace("*t", f"*{t}") for name in names if name in types}
     aligned = tuple(name for name, of in types.items() if of[0] == "*" or (len(name) == 2 and name.islower()))  # steps are "qb"
     values = {name: values[name] for name in names if name in values and name not in types}

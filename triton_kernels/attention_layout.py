@@ -29,19 +29,32 @@ class Tile(NamedTuple):
 def tile(kernel: str, E: int, bytes: int, options: int, warp: int) -> Tile:
     """The tile of a kernel for E padded features of elements of so many bytes.
 
-    kernel: "forward", "rows", "columns", or "mask", whose BM divides that of "rows". options: `options_of`.
+    kernel: "forward", "rows", "columns", or "mask". BM of "rows" is a multiple of those of the last two. options: `options_of`.
     """
     if bytes == 4:
         if E <= 64:
             return Tile(32, 16 if kernel == "rows" else 32, 4, 1)
-        small = {"forward": Tile(32, 16, 8, 1), "rows": Tile(16, 16, 4, 2)}
+        small = {"forward": Tile(32, 16, 8, 1), "rows": Tile(16, 16, 4, 2), "mask": Tile(16, 32 if warp == 32 else 16, 8, 1)}
         return small.get(kernel, Tile(16, 16, 8, 1))
+    amd = warp == 64
+    warps = 4 if amd else 8
+    if E > 128:
+        if kernel == "forward":
+            return Tile(64, 32, warps, 1 if amd else 2)
+        if kernel == "rows":
+            return Tile(32, 16 if amd else 32, warps, 1)
+        if not amd:
+            return Tile(32, 64 if kernel == "mask" else 32, warps, 1)
+        return Tile(16, 32, warps, 1) if kernel == "columns" else Tile(*(16, 16) if options > 2 else (32, 32), warps, 1)
     if kernel == "forward":
         return Tile(128, 32 if E > 64 or options else 64, 8, 2)
-    warps = 4 if warp == 64 else 8
     if kernel == "rows":
         return Tile(64, 32, warps, 2)
-    return Tile(32, 64, warps, 2 if options < 2 and warp == 32 else 1)
+    if kernel == "mask":
+        return Tile(64, 64 if E <= 64 else 32, 8, 1)
+    if options > 2:
+        return Tile(16, 64, 4, 1) if amd else Tile(32, 64 if E <= 64 else 32, 8, 1)
+    return Tile(32, 64, warps, 2 if options < 2 and not amd else 1)
 
 
 class Batch(NamedTuple):
@@ -165,5 +178,7 @@ def precision_of(dtype: torch.dtype, warp: int) -> str:
 
 def options_of(terms: Sequence[Any], window: Sequence[int], cap: float) -> int:
     """What takes registers: 0 for nothing but causal, which leaves enough for loops of their own over the tiles that need no
-    mask of places; 1 for a mask; 2 for more. terms: mask, slopes, lengths, seed."""
-    return 2 if cap or window[0] >= 0 or any(t is not None for t in terms[1:]) else int(terms[0] is not None)
+    mask of places; 1 for a mask; 2 for more, 3 for dropout. terms: mask, slopes, lengths, seed."""
+    if terms[3] is not None:
+        return 3
+    return 2 if cap or window[0] >= 0 or any(t is not None for t in terms[1:3]) else int(terms[0] is not None)

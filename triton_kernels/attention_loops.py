@@ -11,6 +11,7 @@ option that is not given is None.
 import triton
 import triton.language as tl
 
+from bptoolkit.triton_kernels.attention_sequences import blocks_of, others, sequence_at
 from bptoolkit.triton_kernels.functions import tanh
 from bptoolkit.triton_kernels.randomness import hashed, keep_in_row
 
@@ -103,48 +104,18 @@ def scores(
 
 
 @triton.jit
+def sample_at(n, H, G):
+    """b, h, g of sample n, of 64 bits; divisions are of 32."""
+    c = n // G
+    b = c // H
+    return wide(b), wide(c - b * H), wide(n - c * G)
+
+
+@triton.jit
 def mask_at(n, mb, mh, mg, MH, MG):
     """Where the mask of sample n begins: a place in dimensions of its own, (n / MH MG, MH, MG)."""
-    return n // (MH * MG) * mb + n // MG % MH * mh + n % MG * mg
-
-
-@triton.jit
-def bound(cu, c, C, N):
-    """Where sequence c begins, of N rows; nothing is read or said that lies outside of cu's C + 1 numbers or of the rows."""
-    return tl.minimum(tl.maximum(tl.load(cu + tl.minimum(tl.maximum(c, 0), C)), 0), N).to(tl.int32)
-
-
-@triton.jit
-def sequence_at(x, cu, C, N, B: tl.constexpr):
-    """Block x of B rows is one of a sequence: its number c, its first row and its rows; and the block's first row in it.
-
-    Sequence c has the blocks from cu[c] / B + c + 1 on, as many as it needs or one more. The rows before all of the C sequences
-    and those after them are two further ones, −1 and C.
-    """
-    low, high = 0, C + 1
-    while low < high:
-        middle = (low + high) // 2
-        here = bound(cu, middle, C, N) // B + middle + 1 <= x
-        low = tl.where(here, middle + 1, low)
-        high = tl.where(here, high, middle)
-    c = low - 1
-    first = tl.where(c < 0, 0, bound(cu, c, C, N))
-    last = tl.where(c == C, N, bound(cu, c + 1, C, N))
-    i0 = (x - tl.where(c < 0, 0, first // B + c + 1)) * B
-    return c, first, tl.where(i0 < 0, 0, tl.maximum(last - first, 0)), tl.maximum(i0, 0)  # negative if cu falls
-
-
-@triton.jit
-def others(c, cu, C, N):
-    """The first row and the number of rows of sequence c in the other tensor: none outside of the sequences."""
-    first, last = bound(cu, c, C, N), bound(cu, c + 1, C, N)
-    return first, tl.where((c >= 0) & (c < C), tl.maximum(last - first, 0), 0)
-
-
-@triton.jit
-def blocks_of(N, C, cu, B: tl.constexpr):
-    """How many blocks of B there are of N rows: where sequences are packed, of all of them."""
-    return tl.cdiv(N, B) if cu is None else N // B + C + 2
+    b, h, g = sample_at(n, MH, MG)
+    return b * mb + h * mh + g * mg
 
 
 @triton.jit
@@ -163,7 +134,8 @@ def columns_of(part: tl.constexpr, begin, full, full_end, end, SPLIT: tl.constex
 
 @triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "C", "shift", "threshold"])
 def forward_kernel(
-    q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, lse, top, l, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG,
+    q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, lse, top, l,
+    qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG,
     H, G, L, S, C, left, right, shift, scale, cap, threshold, inverse,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -172,14 +144,14 @@ def forward_kernel(
     blocks = blocks_of(L, C, cu_q, BM)
     pid = tl.program_id(0)
     block = blocks - 1 - pid % blocks  # those that see most first
-    n = (pid // blocks).to(tl.int64)
+    n = pid // blocks
+    b, h, g = sample_at(n, H, G)
     i0, i_, j_, height, width = block * BM, 0, 0, L, S  # of packed sequences: the first row and column, the rows and columns
     if cu_q is not None:
         c, i_, height, i0 = sequence_at(block, cu_q, C, L, BM)
         j_, width = others(c, cu_k, C, S)
         shift *= width - height
         width = tl.where(i0 < height, width, 0)
-    b, h, g = n // (H * G), n // G % H, n % G
     q += b * qb + h * qh + g * qg + wide(i_ + i0) * ql
     k += b * kb + h * kh + wide(j_) * ks
     v += b * vb + h * vh + wide(j_) * vs
@@ -191,7 +163,7 @@ def forward_kernel(
     if lengths is not None:
         length = tl.maximum(tl.minimum(tl.load(lengths + n), width), 0)
     i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    at, here = n * L + (i_ + i0) + tl.arange(0, BM), tl.arange(0, BM) < height - i0
+    at, here = wide(n) * L + (i_ + i0) + tl.arange(0, BM), tl.arange(0, BM) < height - i0
     if seed is not None:
         keys = hashed(at, seed)[:, None]
     Q = rows(q, ql, height - i0, E, BM, BE, UPCAST)  # BM BE
@@ -224,7 +196,7 @@ def forward_kernel(
     O /= Z[:, None]
     if seed is not None:
         O *= inverse
-    put(o + (n * L + i_ + i0) * EV, O, height - i0, EV, BM, BV)
+    put(o + (wide(n) * L + i_ + i0) * EV, O, height - i0, EV, BM, BV)
     if not NATURAL:
         T1 = T
         T *= LN2
@@ -250,16 +222,16 @@ def rows_kernel(
     blocks = blocks_of(L, C, cu_q, BM)
     pid = tl.program_id(0)
     block = blocks - 1 - pid % blocks
-    n = (pid // blocks).to(tl.int64)
+    n = pid // blocks
+    b, h, g = sample_at(n, H, G)
     i0, i_, j_, height, width = block * BM, 0, 0, L, S
     if cu_q is not None:
         c, i_, height, i0 = sequence_at(block, cu_q, C, L, BM)
         j_, width = others(c, cu_k, C, S)
         shift *= width - height
         width = tl.where(i0 < height, width, 0)
-    b, h, g = n // (H * G), n // G % H, n % G
-    at, here = n * L + (i_ + i0) + tl.arange(0, BM), tl.arange(0, BM) < height - i0
-    to = (n * blocks + block) * BM + tl.arange(0, BM)
+    at, here = wide(n) * L + (i_ + i0) + tl.arange(0, BM), tl.arange(0, BM) < height - i0
+    to = (wide(n) * blocks + block) * BM + tl.arange(0, BM)
     T = tl.load(top + at, here, other=float("inf"))
     T = T if NATURAL else T * LOG2E
     r = 1 / tl.load(l + at, here, other=1.0)
@@ -314,7 +286,7 @@ def rows_kernel(
                     if dq is not None:
                         A = tl.dot(ds.to(K.dtype), K, A, input_precision=PRECISION)
         if dq is not None:
-            put(dq + (n * L + i_ + i0) * E, A * scale, height - i0, E, BM, BE)
+            put(dq + (wide(n) * L + i_ + i0) * E, A * scale, height - i0, E, BM, BE)
         if dslopes is not None:
             tl.store(dslopes + (n * blocks + block), tl.sum(tl.where(here, F, 0.0), 0))
 
@@ -335,17 +307,15 @@ def columns_kernel(
     blocks = blocks_of(S, C, cu_k, BN)
     pid = tl.program_id(0)
     block, stretch = pid % blocks, blocks_of(L, C, cu_q, BR) * BR
-    n0 = (pid // blocks).to(tl.int64)  # B H
-    j0, j_, i_, width, height = block * BN, 0, 0, S, L
+    n0 = pid // blocks  # B H
+    j0, j_, i_, width, height, start = block * BN, 0, 0, S, L, 0
     if cu_k is not None:
         c, j_, width, j0 = sequence_at(block, cu_k, C, S, BN)
         i_, height = others(c, cu_q, C, L)
         shift *= width - height
         height = tl.where(j0 < width, height, 0)
-        T_ += (i_ // BR + c + 1) * BR
-        r_ += (i_ // BR + c + 1) * BR
-        D += (i_ // BR + c + 1) * BR
-    b, h = n0 // H, n0 % H
+        start = (i_ // BR + c + 1) * BR
+    b, h = wide(n0 // H), wide(n0 % H)
     do += b * ob + h * oh + wide(i_) * ol
     q += b * qb + h * qh + wide(i_) * ql
     K = rows(k + (b * kb + h * kh + wide(j_ + j0) * ks), ks, width - j0, E, BN, BE, UPCAST)  # BN BE
@@ -369,7 +339,7 @@ def columns_kernel(
             length = tl.load(lengths + n)
             last = tl.where(length > j0, end, begin)
         for i0 in range(begin, last, BM):
-            at = n * stretch + i0 + tl.arange(0, BM)
+            at = wide(n) * stretch + (start + i0) + tl.arange(0, BM)
             Q = rows(q + (wide(g) * qg + wide(i0) * ql), ql, height - i0, E, BM, BE, UPCAST)  # BM BE
             dO = rows(do + (wide(g) * og + wide(i0) * ol), ol, height - i0, EV, BM, BV, UPCAST)  # BM BV
             x = tl.dot(K, tl.trans(Q), input_precision=PRECISION)  # BN BM
@@ -378,24 +348,22 @@ def columns_kernel(
             )  # fmt: skip
             p = exponential(s - tl.load(T_ + at)[None, :], NATURAL) * tl.load(r_ + at)[None, :]
             if seed is not None:
-                keys = hashed(n * L + (i_ + i0) + tl.arange(0, BM), seed)[None, :]
-                kept = keep_in_row(j_ + j0 + j, keys, threshold)
+                keys = hashed(wide(n) * L + (i_ + i0) + tl.arange(0, BM), seed)[None, :]
+                z = tl.where(keep_in_row(j_ + j0 + j, keys, threshold), inverse, 0.0)  # BN BM
             if dv is not None:
                 pz = p
                 if seed is not None:
-                    pz = tl.where(kept, p, 0.0)
+                    pz = p * z
                 dV = tl.dot(pz.to(dO.dtype), dO, dV, input_precision=PRECISION)
             if dk is not None:
                 dp = tl.dot(V, tl.trans(dO), input_precision=PRECISION)  # BN BM
                 if seed is not None:
-                    dp = tl.where(kept, dp * inverse, 0.0)
+                    dp *= z
                 ds = p * (dp - tl.load(D + at)[None, :])
                 if cap is not None:
                     ds *= 1 - t * t
                 dK = tl.dot(ds.to(Q.dtype), Q, dK, input_precision=PRECISION)
     if dk is not None:
-        put(dk + (n0 * S + j_ + j0) * E, dK * scale, width - j0, E, BN, BE)
+        put(dk + (wide(n0) * S + j_ + j0) * E, dK * scale, width - j0, E, BN, BE)
     if dv is not None:
-        if seed is not None:
-            dV *= inverse
-        put(dv + (n0 * S + j_ + j0) * EV, dV, width - j0, EV, BN, BV)
+        put(dv + (wide(n0) * S + j_ + j0) * EV, dV, width - j0, EV, BN, BV)

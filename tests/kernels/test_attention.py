@@ -34,9 +34,12 @@ def test_sizes(device, L, S, window):
     run(L, S, B=(1,), window=window, device=device)
 
 
-@pytest.mark.parametrize("E, EV", [(16, 16), (1, 17), (80, 33)])
+@pytest.mark.parametrize("E, EV", [(16, 16), (1, 17), (80, 33), (256, 160), (40, 192)])
 def test_features(device, E, EV):
-    run(20, 40, E, EV, B=(1,), window=CAUSAL, device=device)
+    if max(E, EV) > 128:
+        run(20, 40, E, EV, B=(1,), window=CAUSAL, device=device, dtype=torch.float16, errors=1 << 13)
+    else:
+        run(20, 40, E, EV, B=(1,), window=CAUSAL, device=device)
 
 
 @each_dtype
@@ -216,10 +219,10 @@ def test_operations_counted(device):
 
 def test_what_the_kernel_cannot_take(device):
     x = normal(1, 2, 3, 4, device=device)
-    wide = normal(1, 2, 3, 300, device=device)
+    wide, half = normal(1, 2, 3, 130, device=device), normal(1, 2, 3, 300, dtype=torch.float16, device=device)
     for args, options, why in (
-        ((x, x, x), {"dropout_p": 0.1}, "no dropout"),
-        ((wide, wide, x), {}, "300 features is too wide"),
+        ((wide, wide, x), {}, "130 features of torch.float32 is too wide for the fused kernel: at most 128"),
+        ((half,) * 3, {}, "300 features of torch.float16 is too wide for the fused kernel: at most 256"),
         ((x.double(),) * 3, {}, "float32, not float64"),
     ):
         with pytest.raises(ValueError, match=f"scaled_dot_product_attention: backend='triton' cannot run here: .*{why}"):
