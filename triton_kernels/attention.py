@@ -216,15 +216,17 @@ _CALLS = (
 
 
 def specs(warp: int) -> list[Spec]:
-    """The shipped configurations: full, causal, packed, with a mask, a bias, all the options; and those of the second order."""
+    """The kernels at the shipped configurations: full, causal, packed and causal, with a mask, a bias, all the options; and
+    those of the second order."""
     from bptoolkit.triton_kernels.attention_double import configurations
 
-    return configurations(warp) + [
+    calls = [
         _spec(t, E, label, kind, warp)
         for t, E, labels in _CALLS
         for label, kind in product(labels.split(), _KERNELS)
         if kind != "mask" or label in ("bias", "everything")
     ]
+    return calls + configurations(warp)
 
 
 def _spec(t: str, E: int, label: str, kind: str, warp: int) -> Spec:

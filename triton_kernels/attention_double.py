@@ -24,23 +24,10 @@ from bptoolkit.ops.attention_plain import nothing
 from bptoolkit.ops.attention_rule import RULE, backward_node, double_fast, push_by, run_backward, shared, summed
 from bptoolkit.triton_kernels import attention as first
 from bptoolkit.triton_kernels.aot import Spec
-from bptoolkit.triton_kernels.attention_layout import (
-    Batch,
-    Tile,
-    batch_of,
-    mask_of,
-    near,
-    of_samples,
-    options_of,
-    precision_of,
-    samples,
-    shared_arguments,
-)
+from bptoolkit.triton_kernels.attention import Batch, Tile, near, of_samples, precision_of, samples
 from bptoolkit.triton_kernels.attention_second import second_columns_kernel, second_rows_kernel, sums_kernel
 from bptoolkit.triton_kernels.kernel import WARP, dense
 from bptoolkit.triton_kernels.operator import operator
-
-WIDEST = 128  # features of a head
 
 
 def tile(kernel: str, E: int, bytes: int, warp: int) -> Tile:
@@ -111,7 +98,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """g_dO, g_dlse, gQ, gK, gV and gh of each sample; empty those that are not needed."""
     out = _fake(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need)
-    n = batch_of(q, k, do.shape[-1])
+    n = first.batch_of(q, k, do.shape[-1])
     N = n.B * n.H * n.G
     if not N:
         return out
@@ -121,14 +108,13 @@ def _launch(
         if gv is not None:
             gv.zero_()
             gv = None
-    mask = mask_of(m, q)
+    mask, of_mask = first.mask_of(m, q, n)
     A, dO, Q, O = (None if t is None else samples(t, n, n.G) for t in (a, do, q, o))
     B, C, K, V = (None if t is None else samples(t, n, 1) for t in (b, c, k, v))
-    terms = mask.m, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
+    terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
     given = A, B, C, of_samples(f, q, torch.float32), dO, Q, K, V, *terms
-    walk = *steps(A), *steps(B, True), *steps(C, True), *steps(dO), *steps(Q), *steps(K, True), *steps(V, True), *mask.steps
-    H, G, L, S, _, left, right, shift, sigma, cap_, *_ = shared_arguments(q, n, window, scale, cap, 0.0, False)
-    common = H, G, L, S, left, right, shift, sigma, cap_
+    walk = *steps(A), *steps(B, True), *steps(C, True), *steps(dO), *steps(Q), *steps(K, True), *steps(V, True), *of_mask
+    common = first.shared_arguments(q, n, window, scale, cap)
     weights, two = not (gq is None and gk is None and gslopes is None), split(*size_of(q, n))
 
     rows, numbers = (dense(dlse), O, dense(top), dense(l)), None
@@ -198,11 +184,11 @@ def _fast(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, wi
 def _double(a, b, c, e, f, wanted, args):
     """The second: as `double_fast`."""
     do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, _ = args
-    left_out = e is not None or "m" in wanted or p or cu_q is not None or max(q.shape[-1], do.shape[-1]) > WIDEST
+    left_out = e is not None or "m" in wanted or p or cu_q is not None
     if left_out or first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
         return double_fast(a, b, c, e, f, wanted, args)
     K, V = k, v
-    if WARP == 64 and options_of((m, slopes, lengths), window, cap) == 2:  # a loop over the group would spill scalars
+    if WARP == 64 and first.options_of((m, slopes, lengths), window, cap) == 2:  # a loop over the group would spill scalars
         K, V, b, c = (shared(t, q) for t in (k, v, b, c))
     need = [x in wanted for x in "olqkvs"]
     grads = DOUBLE(a, b, c, f, do, dlse, q, K, V, m, slopes, lengths, o, top, l, list(window), scale, cap, need)
@@ -265,10 +251,10 @@ def configurations(warp: int) -> list[Spec]:
         if warp == 64 and label == "all" and kernel is second_columns_kernel:
             del types["G"]
             values["G"] = 1  # see `_double`
-        steps = [name for name in names if name not in types and name not in values]  # and MH, MG, which are like them
+        steps = [name for name in names if name not in types and name not in values]
         types |= dict.fromkeys(steps, "i32")
         types = {name: types[name] for name in names if name in types}
-        aligned = tuple(name for name, of in types.items() if of[0] == "*" or (name in steps and name[0] != "M"))
+        aligned = tuple(name for name, of in types.items() if of[0] == "*" or name in steps)
         values = {name: value for name, value in values.items() if name in names and name not in types}
         every.append(Spec(f"attention twice {kind} {t} {E} {label}", kernel, types, values, aligned, warps, stages, True))
     return every

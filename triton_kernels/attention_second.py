@@ -10,15 +10,15 @@ What `sums_kernel` finds of a row are five numbers, T, 1/l, u, D and w − u dls
 import triton
 import triton.language as tl
 
-from bptoolkit.triton_kernels.attention_loops import LOG2E, exponential, mask_at, put, scores, seen_by
+from bptoolkit.triton_kernels.attention_loops import LOG2E, exponential, put, scores, seen_by
 from bptoolkit.triton_kernels.attention_second_tiles import change, of_sample, products, products_by_parts, second, tile_of
 
 
-@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift"])
+@triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
 def sums_kernel(
     a, b, c, f, do, q, k, v, m, slopes, lengths, dlse, o, top, l, numbers, gdo, gdlse,
     ab, ah, ag, al, bb, bh, bs, cb, ch, cs, ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs,
-    mb, mh, mg, ml, ms, MH, MG, yb, yh, yg, yl,
+    mb, mh, mg, ml, ms, yb, yh, yg, yl,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PART: tl.constexpr,
@@ -53,7 +53,7 @@ def sums_kernel(
     if c is not None:
         c1 = of_sample(c, n, H, G, cb, ch, 0)
     if m is not None:
-        m += mask_at(n, mb, mh, mg, MH, MG)
+        m = of_sample(m, n, H, G, mb, mh, mg)
     if slopes is not None:
         slope = tl.load(slopes + n)
     if f is not None:
@@ -128,11 +128,11 @@ def sums_kernel(
         put(gdo + (n * L + i0) * EV, A_do, L - i0, EV, BM, BV)
 
 
-@triton.jit(do_not_specialize=["MH", "MG", "H", "G", "L", "S", "shift"])
+@triton.jit(do_not_specialize=["H", "G", "L", "S", "shift"])
 def second_rows_kernel(
     a, b, c, f, do, q, k, v, m, slopes, lengths, numbers, gq, gslopes,
     ab, ah, ag, al, bb, bh, bs, cb, ch, cs, ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs,
-    mb, mh, mg, ml, ms, MH, MG,
+    mb, mh, mg, ml, ms,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PART: tl.constexpr,
@@ -160,7 +160,7 @@ def second_rows_kernel(
     if c is not None:
         c1 = of_sample(c, n, H, G, cb, ch, 0)
     if m is not None:
-        m += mask_at(n, mb, mh, mg, MH, MG)
+        m = of_sample(m, n, H, G, mb, mh, mg)
     if slopes is not None:
         slope = tl.load(slopes + n)
     if f is not None:
@@ -212,11 +212,11 @@ def second_rows_kernel(
         tl.store(gslopes + pid, tl.sum(F, 0))
 
 
-@triton.jit(do_not_specialize=["MH", "MG", "H", "L", "S", "shift"])  # G = 1 is compiled apart, without a loop over the group
+@triton.jit(do_not_specialize=["H", "L", "S", "shift"])  # G = 1 is compiled apart, without a loop over the group
 def second_columns_kernel(
     a, b, c, f, do, q, k, v, m, slopes, lengths, numbers, gk, gv,
     ab, ah, ag, al, bb, bh, bs, cb, ch, cs, ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs,
-    mb, mh, mg, ml, ms, MH, MG,
+    mb, mh, mg, ml, ms,
     H, G, L, S, left, right, shift, scale, cap,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PART: tl.constexpr,
@@ -260,7 +260,7 @@ def second_columns_kernel(
         if a is not None:
             a1 = of_sample(a, n, H, G, ab, ah, ag)
         if m is not None:
-            mask = m + mask_at(n, mb, mh, mg, MH, MG)
+            mask = of_sample(m, n, H, G, mb, mh, mg)
         if slopes is not None:
             slope = tl.load(slopes + n)
         if f is not None:
