@@ -60,6 +60,54 @@ def compiled(run: Any) -> None:
     _speed(run, "compiled", {f"{name} | {label}": make for name, (label, make) in first.items()})
 
 
+SECOND = {"L 4096": (8, 4096, 64), "L 16384": (4, 16384, 64), "L 16384, E 128": (4, 16384, 128)}  # heads, length, features
+
+
+def twice(run: Any) -> None:
+    """A Hessian-vector product of causal attention, bfloat16: the kernels beside the eager loops and torch's plain maths."""
+    op = OPS["scaled_dot_product_attention"]
+    cases = SECOND if op.name in fused(run) else {}
+    for name in run.todo("twice", list(cases)[:1] if run.rehearse else cases):
+        H, L, E = cases[name] if not run.rehearse else (1, 24, 8)
+        qkv = [torch.randn(1, H, L, E, dtype=torch.bfloat16, device=run.device) for _ in range(3)]
+        figures: dict[str, Any] = {}
+        found = {}
+        for label, fn in second_orders(op).items():
+
+            def product(fn: Any = fn) -> Any:
+                leaves = [t.clone().requires_grad_() for t in qkv]
+                grads = torch.autograd.grad(fn(*leaves).float().square().sum(), leaves, create_graph=True)
+                return torch.autograd.grad(grads, leaves, qkv)
+
+            try:
+                found[label] = product()
+                (figures[f"{label}_ms"],) = timing.medians([product], run.device, 0.02 if run.rehearse else 0.5, least=3)
+                figures[f"{label}_peak_mib"] = timing.peak(product, run.device) / 2**20
+            except torch.cuda.OutOfMemoryError:
+                figures[f"{label}_ms"] = "out of memory"
+            if run.device == "cuda":
+                torch.cuda.empty_cache()
+        for label in found.keys() & {"ours", "math"}:  # beside the loops, which compute in float32
+            pairs = [(a.float(), b.float()) for a, b in zip(found[label], found["loops"])]
+            figures[f"{label}_error"] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+        fine = figures["ours_error"] <= max(3 * figures.get("math_error", 0.0), 0.02)
+        wrong = {} if fine else {"error": "the kernels' product is not that of the loops"}
+        run.ledger.add("twice", name, "ok" if fine else "failed", **figures, **wrong)
+
+
+def second_orders(op: Any) -> dict[str, Callable[..., Any]]:
+    """Attention by three ways that can be differentiated twice; torch's fused kernels cannot."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def ours(backend: str) -> Callable[..., Any]:
+        return lambda *qkv: op.call(*qkv, is_causal=True, backend=backend)
+
+    return {"ours": ours("triton"), "loops": ours("eager"), "math": plain}
+
+
 def _speed(run: Any, stage: str, cases: dict[str, Any]) -> None:
     ceiling = next((r["copy_gbs"] for r in run.ledger.records if r["name"] == "ceilings"), None)
     for name in run.todo(stage, list(cases)[:2] if run.rehearse else cases):

@@ -18,7 +18,7 @@ import gpu_timing as timing
 import torch
 from gpu_common import DTYPES, fused, outcome, widened
 from gpu_conv import convolution
-from gpu_speed import compiled, speed, warm
+from gpu_speed import compiled, speed, twice, warm
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -247,9 +247,10 @@ STAGES = (
     (ops, 60),
     (warm, 60),
     (speed, 90),
+    (twice, 20),
     (convolution, 40),
     (large, 40),
     (host, 15),
-    (compiled, 60),
+    (compiled, 50),
     (sanitizer, 40),
 )

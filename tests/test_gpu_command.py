@@ -80,6 +80,14 @@ def test_layers_of_convolutions(benchmarks):
             assert counter.get_total_flops() == call.flops()
 
 
+def test_rehearsal_of_the_second_order(tmp_path):
+    """A Hessian-vector product by the kernels, by the loops and by the plain maths."""
+    done = command("--rehearse", "--out", tmp_path, "--stage", "twice", "--op", "scaled_dot_product_attention")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = (json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines())
+    assert record["status"] == "ok" and {"ours_ms", "loops_ms", "math_ms", "ours_error", "math_error"} <= set(record)
+
+
 def test_shortages(tmp_path):
     """No such stage; no time, and time again; the kernels' tests as a stage, one file of them."""
     done = command("--rehearse", "--out", tmp_path, "--stage", "nothing")
