@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from random import Random
 from typing import Any
@@ -73,12 +74,7 @@ def twice(run: Any) -> None:
         figures: dict[str, Any] = {}
         found = {}
         for label, fn in second_orders(op).items():
-
-            def product(fn: Any = fn) -> Any:
-                leaves = [t.clone().requires_grad_() for t in qkv]
-                grads = torch.autograd.grad(fn(*leaves).float().square().sum(), leaves, create_graph=True)
-                return torch.autograd.grad(grads, leaves, qkv)
-
+            product = partial(hessian_product, fn, qkv)
             try:
                 found[label] = product()
                 (figures[f"{label}_ms"],) = timing.medians([product], run.device, 0.02 if run.rehearse else 0.5, least=3)
@@ -93,6 +89,13 @@ def twice(run: Any) -> None:
         fine = figures["ours_error"] <= max(3 * figures.get("math_error", 0.0), 0.02)
         wrong = {} if fine else {"error": "the kernels' product is not that of the loops"}
         run.ledger.add("twice", name, "ok" if fine else "failed", **figures, **wrong)
+
+
+def hessian_product(fn: Callable[..., Any], qkv: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of the sum of squares, along the inputs themselves, by reverse mode twice."""
+    leaves = [t.clone().requires_grad_() for t in qkv]
+    grads = torch.autograd.grad(fn(*leaves).float().square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(grads, leaves, qkv)
 
 
 def second_orders(op: Any) -> dict[str, Callable[..., Any]]:

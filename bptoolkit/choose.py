@@ -31,7 +31,8 @@ def choose(state: State, op: str = "") -> Choice:
     """Choose the rules for a call. `op` is named in the errors.
 
     "auto" may fall back to the eager rule, and does where the kernel runs on request only; "eager" and "triton" by name run or
-    raise with the reason. A backward with grad mode on is always eager: it is the rule that can be differentiated again.
+    raise with the reason. A backward with grad mode on is always eager: it is the rule that can be differentiated again. (Where
+    a kernel has another that can be, its `again`, that takes the place of the eager one.)
 
     Raises:
         ValueError: the backend is not known, or was asked for by name and cannot run.
