@@ -124,14 +124,14 @@ def backward_node(name: str, fast: Any, double: Any) -> Opaque:
 
     def vjp(cotangents: Any, need: Any, *args: Any) -> list[Any]:
         """`need`: do, dlse, q, k, v, m, slopes, and what has none: integers; the hints o, top, l."""
-        cotangents = [g if x in args[-1] else None for g, x in zip(cotangents, "qkvms")]
+        a, b, c, e, f = cotangents = [g if x in args[-1] else None for g, x in zip(cotangents, "qkvms")]
         wanted = "".join(x for x, n in zip("olqkvms", need) if n)
         if all(g is None for g in cotangents):
             return [None if not n else torch.zeros_like(t) for n, t in zip(need, args)]
         if _transforms_active() or _legacy_batched((*cotangents, *args)):
-            return [*_double_plain(*cotangents, wanted, args), *(None,) * 7]
+            return [*_double_plain(a, b, c, e, f, wanted, args), *(None,) * 7]
         with torch.no_grad():
-            return [*double(*cotangents, wanted, args), *(None,) * 7]
+            return [*double(a, b, c, e, f, wanted, args), *(None,) * 7]
 
     def jvp(tangents: Any, *args: Any) -> tuple[Tensor, ...]:
         """Linear in do and dlse; in the other inputs its Jacobian is a Hessian, hence its own transpose."""
