@@ -32,7 +32,7 @@ def _launch_forward(
         return out
     (T, B, H), (pre, h0, wh, bh, lengths) = out[0].shape, map(dense, (pre, h0, wh, bh, lengths))  # type: ignore[assignment]
     y, G = out[0], out[1] if keep else None
-    way = path(H, pre.dtype)
+    way = path(H, 3, pre.dtype, pre.device)
     if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_kernel[grid](pre, h0, wh, bh, lengths, y, G, T, B, **launch)
@@ -67,7 +67,7 @@ def _launch_backward(
     (T, B, H), (G, U, y, h0, wh, lengths) = y.shape, map(dense, (G, U, y, h0, wh, lengths))  # type: ignore[assignment]
     dy = rows_of(dy)  # type: ignore[assignment]
     steps = steps_of(dy)
-    way = path(H, y.dtype)
+    way = path(H, 3, y.dtype, y.device)
     if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_back_kernel[grid](dy, G, U, y, h0, wh, lengths, da, dh0, T, B, *steps, **launch)
@@ -153,10 +153,10 @@ OUTPUTS = Kernel(forward_outputs, backward_outputs, unsupported)
 def specs(warp: int) -> list[Spec]:
     """The kernels at the shipped configurations: units that fill a tile and that do not; gates kept and made again; ragged."""
     return [
-        *shipped("gru", "steps", step_kernel, warp, False),
-        *shipped("gru", "steps", step_back_kernel, warp, True),
-        *shipped("gru", "resident", resident_kernel, warp, False),
-        *shipped("gru", "resident", resident_back_kernel, warp, True),
-        *shipped("gru", "persistent", slices_kernel, warp, False),
-        *shipped("gru", "persistent", slices_back_kernel, warp, True),
+        *shipped("gru", 3, "steps", step_kernel, warp, False),
+        *shipped("gru", 3, "steps", step_back_kernel, warp, True),
+        *shipped("gru", 3, "resident", resident_kernel, warp, False),
+        *shipped("gru", 3, "resident", resident_back_kernel, warp, True),
+        *shipped("gru", 3, "persistent", slices_kernel, warp, False),
+        *shipped("gru", 3, "persistent", slices_back_kernel, warp, True),
     ]

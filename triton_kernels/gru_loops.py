@@ -95,7 +95,7 @@ def step_kernel(
     ur, uz, q = three(u + blocks, H, mask)
     ar, az, an = three(pre + t * B * (3 * H) + blocks, H, mask)
     h = tl.load(h0 + here, mask, other=0.0).to(tl.float32)
-    hp = state_before(y, h, t, T, ends, here, B * H, mask, REVERSE)
+    hp = state_before(y, h, t, T, ends, here, B, H, mask, REVERSE)
     q = q.to(tl.float32) + bq
     r, z = ar.to(tl.float32) + ur.to(tl.float32) + br, az.to(tl.float32) + uz.to(tl.float32) + bz
     r, z, new = gates_of(r, z, an.to(tl.float32), q)
@@ -121,7 +121,7 @@ def step_back_kernel(
     dh = old + tl.load(sent + here, mask, other=0.0).to(tl.float32)
     dh += tl.load(dy + t * yt + m[:, None] * yb + n[None, :], mask, other=0.0).to(tl.float32)
     hp = tl.load(h0 + here, mask, other=0.0).to(tl.float32)
-    hp = state_before(y, hp, t, T, ends, here, B * H, mask, REVERSE)
+    hp = state_before(y, hp, t, T, ends, here, B, H, mask, REVERSE)
     r, z, q, new, ur, uz = read_gates(G, U, t, B, m, n, H, mask)
     r, z, q, new = made(r, z, q, new, ur, uz, U)
     dn, dr, dz, dq, straight = cell_back(r, z, q, new, hp, dh)
@@ -179,7 +179,7 @@ def resident_back_kernel(
     d = tl.load(dy + step_of(0, T, not REVERSE) * yt, mask, other=0.0)
     for k in range(0, T):
         t = step_of(k, T, not REVERSE)
-        hp = state_before(y, first, t, T, ends, here, B * H, mask, REVERSE)
+        hp = state_before(y, first, t, T, ends, here, B, H, mask, REVERSE)
         r, z, q, new = made(pr, pz, pq, pn, ur, uz, U)
         dn, dr, dz, dq, straight = cell_back(r, z, q, new, hp, dh + d.to(tl.float32))
         after = step_of(k + 1, T, not REVERSE)

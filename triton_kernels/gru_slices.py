@@ -21,7 +21,7 @@ def slices_kernel(
     row = (base + tl.program_id(1)).to(tl.int64) * BM
     m, n = row + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     mask = (m < B)[:, None] & (n < H)[None, :]
-    ends, here, size = row_ends(lengths, m, B, T), m[:, None] * H + n[None, :], tl.full((), 0, tl.int64) + B * H  # BM BN
+    ends, here, size = row_ends(lengths, m, B, T), m[:, None] * H + n[None, :], (tl.full((), 0, tl.int64) + B) * H  # BM BN
     W = blocks(wh, n, 3, H, BK, True, UPCAST)
     br, bz, bq = biases(bh, n, H)
     for k in range(first, last):
@@ -60,7 +60,7 @@ def slices_back_kernel(
     for k in range(first, last):
         t = step_of(k, T, not REVERSE)
         r, z, q, new, ur, uz = read_gates(G, U, t, B, m, n, H, mask)
-        hp = state_before(y, start, t, T, ends, here, B * H, mask, REVERSE)
+        hp = state_before(y, start, t, T, ends, here, B, H, mask, REVERSE)
         old = tl.load(carried + here, mask, other=0.0)
         dh = old + tl.load(dy + t * yt + m[:, None] * yb + n[None, :], mask, other=0.0).to(tl.float32)
         sent = da + (step_of(tl.maximum(k - 1, 0), T, not REVERSE) * B + row) * (4 * H) + H  # da_r da_z dq of the step after

@@ -32,7 +32,7 @@ def _launch_forward(
         return out
     (T, B, H), (pre, h0, c0, wh, lengths) = out[0].shape, map(dense, (pre, h0, c0, wh, lengths))  # type: ignore[assignment]
     y, c, G = *out[:2], out[2] if keep else None
-    way = path(H, pre.dtype)
+    way = path(H, 4, pre.dtype, pre.device)
     if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_kernel[grid](pre, h0, c0, wh, lengths, y, c, G, T, B, **launch)
@@ -75,7 +75,7 @@ def _launch_backward(
     (T, B, H), (G, c, c0, wh, lengths) = c.shape, map(dense, (G, c, c0, wh, lengths))  # type: ignore[assignment]
     dy, dc = rows_of(dy), rows_of(dc)
     steps = (*steps_of(dy), *steps_of(dc))
-    way = path(H, c.dtype)
+    way = path(H, 4, c.dtype, c.device)
     if way == "resident":
         grid, launch = fixed(c, H, reverse)
         resident_back_kernel[grid](dy, dc, G, c, c0, wh, lengths, *out, T, B, *steps, RAW=raw, **launch)
@@ -137,7 +137,7 @@ def backward_gates(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, G,
 
 def backward_outputs(dy, dc, x, h0, c0, wi, wh, b, wr, lengths, reverse, y, c, need):
     hp = before(h0, y, lengths, reverse)
-    G = F.linear(x, wi, b)  # T B 4H
+    G = F.linear(x, wi, b).contiguous()  # T B 4H
     G.view(-1, G.shape[-1]).addmm_(hp.reshape(-1, hp.shape[-1]), wh.mT)
     return _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, c, G, True, need)
 
@@ -161,10 +161,10 @@ OUTPUTS = Kernel(forward_outputs, backward_outputs, unsupported)
 def specs(warp: int) -> list[Spec]:
     """The kernels at the shipped configurations: units that fill a tile and that do not; gates kept and made again; ragged."""
     return [
-        *shipped("lstm", "steps", step_kernel, warp, False),
-        *shipped("lstm", "steps", step_back_kernel, warp, True),
-        *shipped("lstm", "resident", resident_kernel, warp, False),
-        *shipped("lstm", "resident", resident_back_kernel, warp, True),
-        *shipped("lstm", "persistent", slices_kernel, warp, False),
-        *shipped("lstm", "persistent", slices_back_kernel, warp, True),
+        *shipped("lstm", 4, "steps", step_kernel, warp, False),
+        *shipped("lstm", 4, "steps", step_back_kernel, warp, True),
+        *shipped("lstm", 4, "resident", resident_kernel, warp, False),
+        *shipped("lstm", 4, "resident", resident_back_kernel, warp, True),
+        *shipped("lstm", 4, "persistent", slices_kernel, warp, False),
+        *shipped("lstm", 4, "persistent", slices_back_kernel, warp, True),
     ]

@@ -66,7 +66,7 @@ def step_kernel(
     ui, uf, ug, uo = four(u + gates, H, mask)
     i, f, g, o = four(pre + t * B * (4 * H) + gates, H, mask)
     s0 = tl.load(c0 + here, mask, other=0.0).to(tl.float32)
-    s = state_before(c, s0, t, T, ends, here, B * H, mask, REVERSE)
+    s = state_before(c, s0, t, T, ends, here, B, H, mask, REVERSE)
     i, f = i.to(tl.float32) + ui.to(tl.float32), f.to(tl.float32) + uf.to(tl.float32)
     g, o = g.to(tl.float32) + ug.to(tl.float32), o.to(tl.float32) + uo.to(tl.float32)
     i, f, g, o, s, h = cell(i, f, g, o, s)
@@ -99,7 +99,7 @@ def step_back_kernel(
     i, f, g, o = four(G + t * B * (4 * H) + gates, H, mask)
     s = tl.load(c + t * B * H + here, mask, other=0.0).to(tl.float32)
     s0 = tl.load(c0 + here, mask, other=0.0).to(tl.float32)
-    sp = state_before(c, s0, t, T, ends, here, B * H, mask, REVERSE)
+    sp = state_before(c, s0, t, T, ends, here, B, H, mask, REVERSE)
     i, f, g, o, new = cell_back(i, f, g, o, s, sp, dh, new, RAW)
     put_four(da + t * B * (4 * H) + gates, i, f, g, o, lengths, t, ends, H, mask)
     tl.store(carried + here, kept(lengths, t, ends, new, old), mask)
@@ -161,7 +161,7 @@ def resident_back_kernel(
     pi, pf, pg, po = four(G + t * B * (4 * H) + gates, H, mask)
     for k in range(0, T):
         t = step_of(k, T, not REVERSE)
-        sp = state_before(c, s0, t, T, ends, here, B * H, mask, REVERSE)
+        sp = state_before(c, s0, t, T, ends, here, B, H, mask, REVERSE)
         dht, dct = dh, ds
         if dy is not None:
             dht += tl.load(dy + t * yt, mask, other=0.0).to(tl.float32)

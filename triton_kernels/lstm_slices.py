@@ -24,13 +24,13 @@ def slices_kernel(
     ends, here, gates = row_ends(lengths, m, B, T), m[:, None] * H + n[None, :], m[:, None] * (4 * H) + n[None, :]  # BM BN
     W = blocks(wh, n, 4, H, BK, True, UPCAST)
     s0 = tl.load(c0 + here, mask, other=0.0).to(tl.float32)
-    size = tl.full((), 0, tl.int64) + B * H
+    size = (tl.full((), 0, tl.int64) + B) * H
     for k in range(first, last):
         t = step_of(k, T, REVERSE)
         now, then = S + (k % 2) * size, S + (1 - k % 2) * size
         i, f, g, o = four(pre + t * B * (4 * H) + gates, H, mask)
         i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
-        s = state_before(c, s0, t, T, ends, here, B * H, mask, REVERSE)
+        s = state_before(c, s0, t, T, ends, here, B, H, mask, REVERSE)
         for chunk in tl.static_range((H + BK - 1) // BK):
             q = chunk * BK + tl.arange(0, BK)
             x = tl.load(
@@ -68,7 +68,7 @@ def slices_back_kernel(
         t = step_of(k, T, not REVERSE)
         i, f, g, o = four(G + t * B * (4 * H) + gates, H, mask)
         s = tl.load(c + t * B * H + here, mask, other=0.0).to(tl.float32)
-        sp = state_before(c, s0, t, T, ends, here, B * H, mask, REVERSE)
+        sp = state_before(c, s0, t, T, ends, here, B, H, mask, REVERSE)
         old = tl.load(carried + here, mask, other=0.0)
         dh, ds = tl.zeros((BM, BN), tl.float32), old
         if dy is not None:

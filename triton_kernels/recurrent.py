@@ -32,31 +32,46 @@ from bptoolkit.triton_kernels.linear_recurrence import between, position
 
 ROWS = 16  # of the batch, the fewest that a matrix instruction takes
 SLICE = 16  # units
+HELD = {32: 128 << 10, 64: 32 << 10}  # bytes of weights: in shared memory, or with warps of 64 in the registers of every warp
+BESIDE = 16 << 10  # bytes of shared memory for all else
 PATHS = ("resident", "steps", "slices", "persistent")
 _forced: str | None = None
 
 # --- the choice of a path -------------------------------------------------------------------------------------------------
 
 
-def widest(bytes: int, warp: int) -> int:
-    """The most units of elements of so many bytes whose recurrent weights a program holds; where every warp holds all of them
-    in registers, as it does with warps of 64, half as many."""
-    return 256 // bytes if warp == 32 else 128 // bytes
+def room(device: torch.device) -> int:
+    """Bytes of recurrent weights that a program holds on a device."""
+    if WARP == 64 or device.type == "cpu":
+        return HELD[WARP]
+    return min(HELD[WARP], torch.cuda.get_device_properties(device).shared_memory_per_block_optin - BESIDE)
 
 
-def widest_sliced(bytes: int, warp: int) -> int:
-    """The most units of which a program holds the recurrent weights of a slice."""
-    return (1024 if bytes == 2 else 128) // (1 if warp == 32 else 4)
+def held(gates: int, rows: int, columns: int, bytes: int, warp: int) -> int:
+    """Bytes of weights of so many gates; tf32x3, of float32 on NVIDIA's parts, has each twice."""
+    return gates * rows * columns * bytes * (2 if bytes == 4 and warp == 32 else 1)
 
 
-def path(H: int, dtype: torch.dtype) -> str:
+def widest(gates: int, bytes: int, warp: int, room: int) -> int:
+    """The most units whose recurrent weights a program holds."""
+    return max(BH for BH in (0, 16, 32, 64, 128, 256) if held(gates, BH, BH, bytes, warp) <= room)
+
+
+def widest_sliced(gates: int, bytes: int, warp: int, room: int) -> int:
+    """The most units of which a program holds the recurrent weights of a slice, and at which no register spills."""
+    most = (1024 if bytes == 2 else 128) // (4 if warp == 64 else 1)
+    return most if warp == 64 or held(gates, most, SLICE, bytes, warp) <= room else 0
+
+
+def path(H: int, gates: int, dtype: torch.dtype, device: torch.device) -> str:
     """How a sequence is run: "resident" where one program holds the recurrent weights, else "steps"; or as `forced` says."""
-    if _forced is None or _forced == "steps":
-        return _forced or ("resident" if widest(dtype.itemsize, WARP) >= H else "steps")
-    most = (widest if _forced == "resident" else widest_sliced)(dtype.itemsize, WARP)
-    if most < H:
+    if _forced == "steps":
+        return _forced
+    limit = widest_sliced if _forced in ("slices", "persistent") else widest
+    most = limit(gates, dtype.itemsize, WARP, room(device))
+    if _forced is not None and most < H:
         raise ValueError(f"the {_forced} path takes at most {most} units of {dtype}, not {H}")
-    return _forced
+    return _forced or ("resident" if most >= H else "steps")
 
 
 @contextmanager
@@ -163,16 +178,16 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FLOAT32, _NUMBERS = ("carried",), ("first", "last", "base", "t", "T", "B", "yt", "yb", "ct", "cb")
 
 
-def shipped(name: str, way: str, kernel: Any, warp: int, back: bool) -> list[Spec]:
+def shipped(name: str, gates: int, way: str, kernel: Any, warp: int, back: bool) -> list[Spec]:
     """A kernel at its shipped configurations: units that fill a tile; a tile that is not full, ragged and in reverse."""
     every, names = [], kernel.arg_names
     for t, bytes in (("bf16", 2), ("fp32", 4)):
         widths = [(512, True), (512, False)]
         if way == "resident":
-            most = widest(bytes, warp)
-            widths = [(BH, True) for BH in (16, 32, 64, 128) if most >= BH] + [(most - 8, False)]
+            most = widest(gates, bytes, warp, HELD[warp])
+            widths = [(BH, True) for BH in (16, 32, 64, 128, 256) if most >= BH] + [(most - 8, False)]
         elif way != "steps":
-            most = widest_sliced(bytes, warp)
+            most = widest_sliced(gates, bytes, warp, HELD[warp])
             widths = [(most, True), (most - 8, False)][bytes == 4 :]
         for H, full in widths:
             values: dict[str, Any] = {"H": H, "REVERSE": not full, "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
@@ -192,7 +207,7 @@ def shipped(name: str, way: str, kernel: Any, warp: int, back: bool) -> list[Spe
             types = {n: {"lengths": "*i64", "counters": "*i32"}.get(n, of) for n, of in types.items() if n not in values}
             aligned = tuple(n for n, of in types.items() if of[0] == "*" or n in ("H", "yt", "yb", "ct", "cb"))
             label = f"{name} {way}{' backward' * back} {t} {H}{', ragged' * (not full)}"
-            narrow = "rows of few units" if H <= 16 else ""
+            narrow = "rows of few units" if H <= (16 if way == "resident" else 32) else ""
             every.append(Spec(label, kernel, types, values, aligned, warps, 1, way != "steps", narrow))
     return every
 
@@ -245,14 +260,14 @@ def kept(lengths, t, ends, new, old):
 
 
 @triton.jit
-def state_before(s, s0, t, T, ends, at, size, mask, REVERSE: tl.constexpr):
+def state_before(s, s0, t, T, ends, at, B, H, mask, REVERSE: tl.constexpr):
     """What step t started from: s0 at a row's first step, else what the step before left."""
     if REVERSE:
         p, first = t + 1, between(t, ends - 1, ends)
     else:
         p, first = t - 1, between(t, 0, ends * 0 + 1)
     there = mask & between(p, 0, ends * 0 + T)
-    return tl.where(first, s0, tl.load(s + p * size + at, there, other=0.0).to(tl.float32))
+    return tl.where(first, s0, tl.load(s + p * B * H + at, there, other=0.0).to(tl.float32))
 
 
 @triton.jit

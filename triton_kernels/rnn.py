@@ -28,7 +28,7 @@ def _launch_forward(pre: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None,
     if not y.numel():
         return y
     (T, B, H), (pre, h0, wh, lengths) = y.shape, map(dense, (pre, h0, wh, lengths))  # type: ignore[assignment]
-    way = path(H, pre.dtype)
+    way = path(H, 1, pre.dtype, pre.device)
     if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_kernel[grid](pre, h0, wh, lengths, y, T, B, TANH=tanh, **launch)
@@ -61,7 +61,7 @@ def _launch_backward(
     (T, B, H), (y, wh, lengths) = y.shape, map(dense, (y, wh, lengths))  # type: ignore[assignment]
     dy = rows_of(dy)  # type: ignore[assignment]
     steps = steps_of(dy)
-    way = path(H, y.dtype)
+    way = path(H, 1, y.dtype, y.device)
     if way == "resident":
         grid, launch = fixed(y, H, reverse)
         resident_back_kernel[grid](dy, y, wh, lengths, da, dh0, T, B, *steps, TANH=tanh, **launch)
@@ -127,10 +127,10 @@ KERNEL = Kernel(forward, backward, unsupported)
 def specs(warp: int) -> list[Spec]:
     """The kernels at the shipped configurations: tanh, units that fill a tile; relu, units that do not, ragged."""
     return [
-        *shipped("rnn", "steps", step_kernel, warp, False),
-        *shipped("rnn", "steps", step_back_kernel, warp, True),
-        *shipped("rnn", "resident", resident_kernel, warp, False),
-        *shipped("rnn", "resident", resident_back_kernel, warp, True),
-        *shipped("rnn", "persistent", slices_kernel, warp, False),
-        *shipped("rnn", "persistent", slices_back_kernel, warp, True),
+        *shipped("rnn", 1, "steps", step_kernel, warp, False),
+        *shipped("rnn", 1, "steps", step_back_kernel, warp, True),
+        *shipped("rnn", 1, "resident", resident_kernel, warp, False),
+        *shipped("rnn", 1, "resident", resident_back_kernel, warp, True),
+        *shipped("rnn", 1, "persistent", slices_kernel, warp, False),
+        *shipped("rnn", 1, "persistent", slices_back_kernel, warp, True),
     ]

@@ -21,7 +21,7 @@ def slices_kernel(
     row = (base + tl.program_id(1)).to(tl.int64) * BM
     m, n = row + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     mask = (m < B)[:, None] & (n < H)[None, :]
-    ends, here, size = row_ends(lengths, m, B, T), m[:, None] * H + n[None, :], tl.full((), 0, tl.int64) + B * H  # BM BN
+    ends, here, size = row_ends(lengths, m, B, T), m[:, None] * H + n[None, :], (tl.full((), 0, tl.int64) + B) * H  # BM BN
     W = blocks(wh, n, 1, H, BK, True, UPCAST)
     for k in range(first, last):
         t = step_of(k, T, REVERSE)

@@ -148,17 +148,28 @@ def test_slices_that_cannot_be(device):
 
 
 def test_the_choice_of_a_path():
-    """By the width and the bytes of an element; by name; what does not fit, and what is not there, is refused."""
-    most = recurrent.widest(2, recurrent.WARP)
-    assert recurrent.path(most, torch.bfloat16) == "resident" and recurrent.path(most + 1, torch.bfloat16) == "steps"
-    assert recurrent.path(most // 2, torch.float32) == "resident" and recurrent.path(most // 2 + 1, torch.float32) == "steps"
+    """By the bytes of the weights; by name; what does not fit, and what is not there, is refused."""
+    cpu, half, single = torch.device("cpu"), torch.bfloat16, torch.float32
+    for gates, dtype in ((4, half), (3, half), (1, half), (4, single), (1, single)):
+        most = recurrent.widest(gates, dtype.itemsize, recurrent.WARP, recurrent.room(cpu))
+        assert most >= 32
+        assert recurrent.path(most, gates, dtype, cpu) == "resident" and recurrent.path(most + 1, gates, dtype, cpu) == "steps"
+    assert [recurrent.widest(g, b, 32, 128 << 10) for g, b in ((4, 2), (3, 2), (1, 2), (4, 4), (1, 4))] == [
+        128,
+        128,
+        256,
+        64,
+        128,
+    ]
+    assert recurrent.widest(4, 2, 32, 84 << 10) == 64 and recurrent.widest(3, 2, 32, 84 << 10) == 64  # a part with 100 KiB
+    assert recurrent.widest_sliced(4, 2, 32, 128 << 10) == 1024 and recurrent.widest_sliced(4, 2, 32, 84 << 10) == 0
     with recurrent.forced("steps"):
-        assert recurrent.path(1, torch.float32) == "steps"
-    with recurrent.forced("resident"), pytest.raises(ValueError, match=r"at most .* units of torch.float32, not 200"):
-        recurrent.path(200, torch.float32)
+        assert recurrent.path(1, 4, single, cpu) == "steps"
+    with recurrent.forced("resident"), pytest.raises(ValueError, match=r"at most \d+ units of torch.float32, not 200"):
+        recurrent.path(200, 4, single, cpu)
     with pytest.raises(ValueError, match="no path 'nothing'"), recurrent.forced("nothing"):
         pass
-    assert recurrent.path(200, torch.float32) == "steps"
+    assert recurrent.path(200, 4, single, cpu) == "steps"
 
 
 def test_what_the_kernel_cannot_take(device):
