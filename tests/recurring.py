@@ -143,9 +143,10 @@ def check_dtypes(cell: Cell, device: str, way: str, dtype: torch.dtype, reverse:
                 no_worse(rule, *args, lengths, reverse, *cell.options)
 
 
-def no_worse(rule: Any, *args: Any, share: float = 1.5) -> None:
-    """Outputs and gradients are of the eager rule's dtypes, and their errors at most `share` of its, or half a rounding."""
-    kernel, exact = rule.kernel(), double(args)
+def no_worse(rule: Any, *args: Any) -> None:
+    """Outputs and gradients are of the eager rule's dtypes; their errors are at most its and a quarter, or half a rounding."""
+    kernel, exact, x = rule.kernel(), double(args), args[0]
+    share = 3 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1.25  # the interpreter cuts bfloat16 off
     found = []
     for forward, backward, given in (
         (kernel.forward, kernel.backward, args),

@@ -207,7 +207,7 @@ def shipped(name: str, gates: int, way: str, kernel: Any, warp: int, back: bool)
             types = {n: {"lengths": "*i64", "counters": "*i32"}.get(n, of) for n, of in types.items() if n not in values}
             aligned = tuple(n for n, of in types.items() if of[0] == "*" or n in ("H", "yt", "yb", "ct", "cb"))
             label = f"{name} {way}{' backward' * back} {t} {H}{', ragged' * (not full)}"
-            narrow = "rows of few units" if H <= (16 if way == "resident" else 32) else ""
+            narrow = "rows of few units" if (16 if way == "resident" else 32) >= H else ""
             every.append(Spec(label, kernel, types, values, aligned, warps, 1, way != "steps", narrow))
     return every
 
