@@ -10,7 +10,7 @@ import triton.language as tl
 from bptoolkit.triton_kernels.elementwise import place
 from bptoolkit.triton_kernels.functions import tanh
 from bptoolkit.triton_kernels.linear_recurrence import row_ends
-from bptoolkit.triton_kernels.recurrent import factor, kept, put, state_before, step_of, units, weights
+from bptoolkit.triton_kernels.recurrent import factor, given, kept, put, state_before, step_of, units, weights
 
 # --- one step of some rows and units --------------------------------------------------------------------------------------
 
@@ -158,22 +158,20 @@ def resident_back_kernel(
         dc += m[:, None] * cb + n[None, :]
     t = step_of(0, T, not REVERSE)
     s = tl.load(c + t * B * H + here, mask, other=0.0).to(tl.float32)
+    sp = state_before(c, s0, t, T, ends, here, B, H, mask, REVERSE)
     pi, pf, pg, po = four(G + t * B * (4 * H) + gates, H, mask)
+    ey, ec = given(dy, t * yt, mask), given(dc, t * ct, mask)
     for k in range(0, T):
-        t = step_of(k, T, not REVERSE)
-        sp = state_before(c, s0, t, T, ends, here, B, H, mask, REVERSE)
-        dht, dct = dh, ds
-        if dy is not None:
-            dht += tl.load(dy + t * yt, mask, other=0.0).to(tl.float32)
-        if dc is not None:
-            dct += tl.load(dc + t * ct, mask, other=0.0).to(tl.float32)
-        i, f, g, o, dct = cell_back(pi, pf, pg, po, s, sp, dht, dct, RAW)
-        pi, pf, pg, po = four(G + step_of(k + 1, T, not REVERSE) * B * (4 * H) + gates, H, mask)
+        t, after = step_of(k, T, not REVERSE), step_of(k + 1, T, not REVERSE)
+        i, f, g, o, dct = cell_back(pi, pf, pg, po, s, sp, dh + ey.to(tl.float32), ds + ec.to(tl.float32), RAW)
+        s, sp = sp, state_before(c, s0, after, T, ends, here, B, H, mask, REVERSE)
+        pi, pf, pg, po = four(G + after * B * (4 * H) + gates, H, mask)
+        ey, ec = given(dy, after * yt, mask), given(dc, after * ct, mask)
         put_four(da + t * B * (4 * H) + gates, i, f, g, o, lengths, t, ends, H, mask)
         sent = tl.dot(factor(i, wh, UPCAST), Wi, input_precision=PRECISION)
         sent = tl.dot(factor(f, wh, UPCAST), Wf, sent, input_precision=PRECISION)
         sent = tl.dot(factor(g, wh, UPCAST), Wg, sent, input_precision=PRECISION)
         sent = tl.dot(factor(o, wh, UPCAST), Wo, sent, input_precision=PRECISION)
-        dh, ds, s = kept(lengths, t, ends, units(sent, H, BH), dh), kept(lengths, t, ends, dct, ds), sp
+        dh, ds = kept(lengths, t, ends, units(sent, H, BH), dh), kept(lengths, t, ends, dct, ds)
     tl.store(dh0 + here, dh.to(dh0.dtype.element_ty), mask)
     tl.store(dc0 + here, ds.to(dc0.dtype.element_ty), mask)

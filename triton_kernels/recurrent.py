@@ -252,6 +252,16 @@ def units(x, H: tl.constexpr, BH: tl.constexpr):
 
 
 @triton.jit
+def given(p, at, mask):
+    """What lies there, or zeros where no tensor is given."""
+    if p is None:
+        x = tl.zeros(mask.shape, tl.float32)
+    else:
+        x = tl.load(p + at, mask, other=0.0)
+    return x
+
+
+@triton.jit
 def kept(lengths, t, ends, new, old):
     """The state of the rows that took step t; the others keep theirs."""
     if lengths is not None:
