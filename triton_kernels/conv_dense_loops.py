@@ -65,7 +65,9 @@ def gather_kernel(
     for k0 in range(0, T, BK):
         k = k0 + tl.arange(0, BK)
         q, r, s, c = taps(k0, k[None, :], I, TAPS, WHOLE)  # 1 BK, or one number
-        mask = (n < N) & inside(d + q * REACH[0], h + r * REACH[1], v + s * REACH[2], D, H, W) & (k < T)[None, :]
+        mask = (n < N) & inside(d + q * REACH[0], h + r * REACH[1], v + s * REACH[2], D, H, W)
+        if not WHOLE:
+            mask &= (k < T)[None, :]
         X = tl.load(x + (at + ((q * REACH[0] * H + r * REACH[1]) * W + s * REACH[2]) * C + c), mask, other=0.0)  # BM BK
         q, r, s, c = taps(k0, k[:, None], I, TAPS, WHOLE)
         t = ((FIRST[0] + q * EVERY[0]) * K[1] + FIRST[1] + r * EVERY[1]) * K[2] + FIRST[2] + s * EVERY[2]
@@ -73,7 +75,7 @@ def gather_kernel(
             to = ((g * I + c) * KT + t) * O + o  # BK BN
         else:
             to = ((g * O + o) * KT + t) * I + c
-        F = tl.load(w + to, (k < T)[:, None] & (o < O), other=0.0)
+        F = tl.load(w + to, (o < O) if WHOLE else (k < T)[:, None] & (o < O), other=0.0)
         if UPCAST:
             X, F = X.to(tl.float32), F.to(tl.float32)
         Y = tl.dot(X, F, Y, input_precision=PRECISION)
