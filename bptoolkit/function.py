@@ -54,6 +54,7 @@ class Rule:
             or None, and the arguments of backward, with cotangents of zeros; where J can be had without running backward.
         kernel: imports and returns the `bptoolkit.triton_kernels.kernel.Kernel` that has the same two rules, fused; or None.
             (A function with the import written out, which Dynamo can follow; the first call that uses it imports Triton.)
+        on_request: why backend="auto" leaves every call to the eager rules, so that the kernel runs by name alone; or None.
 
     Example:
         >>> square = Rule("doc_square", lambda x: x * x, lambda dy, x: 2 * x * dy, inputs="x", outputs="y")
@@ -73,8 +74,10 @@ class Rule:
         constants: str = "",
         push: Callable[..., Any] | None = None,
         kernel: Callable[[], Any] | None = None,
+        on_request: str | None = None,
     ) -> None:
-        self.name, self.forward, self.backward, self.push, self.kernel = name, forward, backward, push, kernel
+        self.name, self.forward, self.backward, self.push = name, forward, backward, push
+        self.kernel, self.on_request = kernel, on_request
         self.inputs, self.outputs, self.constants = (
             tuple(inputs.split()),
             tuple(outputs.split()),

@@ -25,8 +25,3 @@ def unsupported(rule: Any, *args: Any) -> str | None:
         if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter):
             return f"the fused kernel takes plain tensors, not {type(t).__name__}"
     return rule.kernel().unsupported(*args)
-
-
-def on_request(rule: Any) -> str | None:
-    """Why the rule's kernel runs by name alone, or None."""
-    return rule.kernel().on_request if INSTALLED else None

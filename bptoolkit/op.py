@@ -104,13 +104,13 @@ class Op:
 
 def pick(name: str, rule: Rule, backend: str, *args: Any) -> str:
     """`Op.pick`, for what is not an op of the catalogue; `name` is named in the errors."""
-    if backend == "eager" or (backend == "auto" and (rule.kernel is None or not kernels.runs_on(args[0].device.type))):
+    absent = rule.kernel is None or rule.on_request or not kernels.runs_on(args[0].device.type)
+    if backend == "eager" or (backend == "auto" and absent):
         return "eager"  # as choose() says; most calls end here
     on_device = rule.kernel is not None and all(kernels.runs_on(t.device.type) for t in args if isinstance(t, Tensor))
     unsupported = kernels.unsupported(rule, *args) if on_device else None
-    on_request = kernels.on_request(rule) if on_device else None
     watched = _transforms_active() or forward_ad._current_level >= 0
     if watched and on_device and rule.kernel is not None and rule.kernel().again is not None:
         watched = vmap_active()  # of all other transforms the kernel's forward sees nothing
-    state = State(backend, "forward", rule.kernel is not None, on_device, watched, False, unsupported, on_request)
+    state = State(backend, "forward", rule.kernel is not None, on_device, watched, False, unsupported, rule.on_request)
     return choose(state, name).rule

@@ -19,7 +19,6 @@ class Kernel(NamedTuple):
         forward: as `Rule.forward`.
         backward: as `Rule.backward`.
         unsupported: the rule's inputs and options -> why the kernel cannot take the call, or None.
-        on_request: why backend="auto" leaves every call to the eager rule, so that the kernel runs by name alone; or None.
         again: as `backward`, but one that can be differentiated again, pushed forward and batched; or None: the eager rule's.
         push: as `Rule.push`, of `again`.
     """
@@ -27,7 +26,6 @@ class Kernel(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     unsupported: Callable[..., str | None]
-    on_request: str | None = None
     again: Callable[..., Any] | None = None
     push: Callable[..., Any] | None = None
 

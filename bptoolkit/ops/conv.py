@@ -76,7 +76,16 @@ def dense_kernel():
 
 KEPT = {"x": "w", "w": "x w", "b": ""}
 RULE = Rule("conv", forward, backward, inputs="x w b", outputs="y", uses=KEPT, kernel=kernel)
-DENSE = Rule("conv_dense", forward, backward, inputs="x w b", outputs="y", uses=KEPT, kernel=dense_kernel)
+DENSE = Rule(
+    "conv_dense",
+    forward,
+    backward,
+    inputs="x w b",
+    outputs="y",
+    uses=KEPT,
+    kernel=dense_kernel,
+    on_request="dense convolution belongs to the vendor's library",
+)
 
 
 def _ints(op: str, name: str, value: Any, n: int, least: int) -> tuple[int, ...]:
