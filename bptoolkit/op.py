@@ -104,8 +104,8 @@ class Op:
 
 def pick(name: str, rule: Rule, backend: str, *args: Any) -> str:
     """`Op.pick`, for what is not an op of the catalogue; `name` is named in the errors."""
-    absent = rule.kernel is None or rule.on_request or not kernels.runs_on(args[0].device.type)
-    if backend == "eager" or (backend == "auto" and absent):
+    by_name = rule.kernel is None or rule.on_request is not None
+    if backend == "eager" or (backend == "auto" and (by_name or not kernels.runs_on(args[0].device.type))):
         return "eager"  # as choose() says; most calls end here
     on_device = rule.kernel is not None and all(kernels.runs_on(t.device.type) for t in args if isinstance(t, Tensor))
     unsupported = kernels.unsupported(rule, *args) if on_device else None
