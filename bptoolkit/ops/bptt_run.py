@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from bptoolkit.function import Rule
 from bptoolkit.op import Op
 from bptoolkit.opaque import Opaque
-from bptoolkit.ops.bptt import Windows, factors, seeds_of, truncation, windows
+from bptoolkit.ops.bptt import ARTBP, Windows, factors, seeds_of, truncation, windows
 from bptoolkit.ops.bptt_pieces import Core, Job, added, behind, go_back, kept_by_forward, of_empty, plan_of, run_plan
 from bptoolkit.ops.bptt_plan import check_saving, every
 from bptoolkit.ops.bptt_second import in_segments, symmetric
@@ -274,24 +274,27 @@ class Way:
         op: the op.
         made: the rules of its cell.
         save, truncate, backend: as in the public function.
-        weights: of the call; `sequence` checks them.
+        weights, resets: of the call; `sequence` checks them.
         n: how many layers and directions there are.
     """
 
-    def __init__(self, op: Op, made: Rules, save: Any, truncate: Any, backend: str, weights: Any, n: int) -> None:
+    def __init__(self, op: Op, made: Rules, save: Any, truncate: Any, backend: str, weights: Any, n: int, resets: Any) -> None:
         check_saving(op.name, save)
         self.op, self.made, self.save, self.backend = op, made, save, backend
         self.how = truncation(op.name, truncate)
         own = truncate is None and (save in ("gates", "outputs") or (save == "sparse" and made.core.cells is None))
         self.own = own or not torch.is_grad_enabled()  # the op's own rules do
         there = isinstance(weights, (list, tuple)) and len(weights) > 0
-        self.seeds = seeds_of(truncate, weights[0], n) if there and not self.own else []
+        drawn = isinstance(truncate, ARTBP) and not self.own
+        if drawn and resets is not None:
+            raise ValueError(f"{op.name}: resets and truncate={truncate!r} do not go together")
+        self.seeds = seeds_of(truncate, weights[0], n) if there and drawn else []
 
     def run(self, reverse: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         """One layer in one direction, of x h0 c0 wi wh b bh wr lengths: y and the last cell."""
         planned = not isinstance(self.save, str) or self.save == "segments"
         kept = (0 if self.save == "segments" else self.save) if planned else self.save
         rule = self.made.planned if planned else self.made.kept_y
-        args = (*inputs, self.seeds.pop(0), reverse, kept, *self.how)
+        args = (*inputs, self.seeds.pop(0) if self.seeds else None, reverse, kept, *self.how)
         y, cn, *_ = rule(*args, backend=self.op.pick(rule, self.backend, *args))
         return y, cn

@@ -112,6 +112,7 @@ def gru(
     dropout: float = 0.0,
     training: bool = True,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     save: str | int = "gates",
     truncate: Any = None,
     backend: str = "auto",
@@ -127,6 +128,8 @@ def gru(
         dropout: the share of every layer's output but the last's that is zeroed, if training.
         lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
             at their ends, a reverse direction starts there.
+        resets: bool, (T, B), (B, T) if batch_first, or (T,): where True, the state before the step is zero, for the reverse
+            direction the state after the step before. Its values are read: not inside torch.compile.
         save: what a layer keeps for backward, in one direction, besides its input: "gates" (the default, the fastest): h and
             the gates; "outputs": h, one product more; "sparse": the same, as there is no cell; "segments": h at the ends of √T
             segments, which backward runs again one by one; an int: the plan with the fewest steps run again of those that keep,
@@ -142,10 +145,11 @@ def gru(
         output (T, B, D·H) or as the input is laid out, and h_n in the shape of hx.
 
     Raises:
-        ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
+        ValueError: shapes, lengths, resets or devices disagree, an option is out of range, resets cannot be read, or the named
+            backend cannot run the call.
+        TypeError: the tensors are not of one floating-point dtype, or hx, lengths or resets is no such tensor.
     """
-    way = Way(OP, MADE, save, truncate, backend, weights, num_layers * (1 + bidirectional))
+    way = Way(OP, MADE, save, truncate, backend, weights, num_layers * (1 + bidirectional), resets)
     rule = GATES if save == "gates" and torch.is_grad_enabled() else OUTPUTS
 
     def cell(x, start, ws, lengths, reverse):
@@ -160,7 +164,7 @@ def gru(
         return y, (last(h0, y, lengths, reverse),)
 
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
-    output, (h,) = sequence(OP, cell, 3, ("h_0",), input, hx, weights, layout, lengths, keep_state=True)
+    output, (h,) = sequence(OP, cell, 3, ("h_0",), input, hx, weights, layout, lengths, True, resets)
     return output, h
 
 
@@ -171,8 +175,8 @@ class GRU(nn.GRU):
     save: str | int = "gates"  # these two as in `gru`
     truncate: Any = None
 
-    def forward(self, input, hx=None, lengths=None):  # type: ignore[override]
-        return gru(input, hx, weights_of(self), **options_of(self), lengths=lengths)
+    def forward(self, input, hx=None, lengths=None, resets=None):  # type: ignore[override]
+        return gru(input, hx, weights_of(self), **options_of(self), lengths=lengths, resets=resets)
 
 
 def reference(input, hx, weights, **kwargs):

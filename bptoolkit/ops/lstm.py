@@ -114,6 +114,7 @@ def lstm(
     training: bool = True,
     proj_size: int = 0,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     save: str | int = "gates",
     truncate: Any = None,
     backend: str = "auto",
@@ -129,6 +130,8 @@ def lstm(
         dropout: the share of every layer's output but the last's that is zeroed, if training.
         lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
             at their ends, a reverse direction starts there.
+        resets: bool, (T, B), (B, T) if batch_first, or (T,): where True, the state before the step is zero, for the reverse
+            direction the state after the step before. Its values are read: not inside torch.compile.
         save: what a layer keeps for backward, in one direction, besides its input: "gates" (the default, the fastest): h, c and
             the gates; "outputs": h and c, one product more; "sparse": h and every √T-th c, the others are made again element by
             element; "segments": h and c at the ends of √T segments, which backward runs again one by one, the output is not
@@ -145,10 +148,11 @@ def lstm(
         output (T, B, D·P) or as the input is laid out, and (h_n, c_n) in the shapes of hx.
 
     Raises:
-        ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
+        ValueError: shapes, lengths, resets or devices disagree, an option is out of range, resets cannot be read, or the named
+            backend cannot run the call.
+        TypeError: the tensors are not of one floating-point dtype, or hx, lengths or resets is no such tensor.
     """
-    way = Way(OP, MADE, save, truncate, backend, weights, num_layers * (1 + bidirectional))
+    way = Way(OP, MADE, save, truncate, backend, weights, num_layers * (1 + bidirectional), resets)
     rule = GATES if save == "gates" and torch.is_grad_enabled() else OUTPUTS
 
     def cell(x, start, ws, lengths, reverse):
@@ -164,7 +168,7 @@ def lstm(
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0, proj_size)
     packed = isinstance(input, PackedSequence)
     output, (h, c) = sequence(
-        OP, cell, 4, ("h_0", "c_0"), input, hx, weights, layout, lengths, keep_state=packed and not proj_size
+        OP, cell, 4, ("h_0", "c_0"), input, hx, weights, layout, lengths, packed and not proj_size, resets
     )
     if proj_size and c.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # torch's keeps the cell's dtype there
         c = c.to(hx[1].dtype if hx is not None else input.data.dtype)
@@ -178,8 +182,8 @@ class LSTM(nn.LSTM):
     save: str | int = "gates"  # these two as in `lstm`
     truncate: Any = None
 
-    def forward(self, input, hx=None, lengths=None):  # type: ignore[override]
-        return lstm(input, hx, weights_of(self), **options_of(self), proj_size=self.proj_size, lengths=lengths)
+    def forward(self, input, hx=None, lengths=None, resets=None):  # type: ignore[override]
+        return lstm(input, hx, weights_of(self), **options_of(self), proj_size=self.proj_size, lengths=lengths, resets=resets)
 
 
 def reference(input, hx, weights, **kwargs):

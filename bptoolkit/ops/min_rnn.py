@@ -147,6 +147,7 @@ def min_gru(
     training: bool = True,
     activation: str = "g",
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     save: str = "gates",
     backend: str = "auto",
 ) -> tuple[Any, Tensor]:
@@ -162,6 +163,8 @@ def min_gru(
         activation: of the candidate, "g" (the paper's, positive), "identity" or "tanh".
         lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
             at their ends, a reverse direction starts there.
+        resets: bool, (T, B), (B, T) if batch_first, or (T,): where True, the state before the step is zero, for the reverse
+            direction the state after the step before. Its values are read: not inside torch.compile.
         save: what is kept for backward: "gates" (the default, the fastest) or "outputs" (less memory, one product more).
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
@@ -173,7 +176,7 @@ def min_gru(
         TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
     """
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0, recurrent=False)
-    return _sequence(GRU_OP, input, hx, weights, layout, lengths, activation, save, backend)
+    return _sequence(GRU_OP, input, hx, weights, layout, lengths, resets, activation, save, backend)
 
 
 def min_lstm(
@@ -189,12 +192,13 @@ def min_lstm(
     training: bool = True,
     activation: str = "g",
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     save: str = "gates",
     backend: str = "auto",
 ) -> tuple[Any, Tensor]:
     """A whole sequence through a minLSTM, its gates normalised; arguments and errors as `min_gru`."""
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0, recurrent=False)
-    return _sequence(LSTM_OP, input, hx, weights, layout, lengths, activation, save, backend)
+    return _sequence(LSTM_OP, input, hx, weights, layout, lengths, resets, activation, save, backend)
 
 
 def _sequence(
@@ -204,6 +208,7 @@ def _sequence(
     weights: Any,
     layout: Layout,
     lengths: Any,
+    resets: Any,
     activation: str,
     save: str,
     backend: str,
@@ -219,7 +224,7 @@ def _sequence(
         h = out if isinstance(out, Tensor) else out[0]
         return h, (last(start[0], h, lengths, reverse),)
 
-    output, (h,) = sequence(op, cell, BLOCKS[op.name], ("h_0",), input, hx, weights, layout, lengths)
+    output, (h,) = sequence(op, cell, BLOCKS[op.name], ("h_0",), input, hx, weights, layout, lengths, resets=resets)
     return output, h
 
 
@@ -278,11 +283,15 @@ class MinGRU(nn.Module):
                 bound = p.shape[1] ** -0.5 if p.shape[1] else 0.0
             nn.init.uniform_(p, -bound, bound)
 
-    def forward(self, input: Any, hx: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Any, Tensor]:
+    def forward(
+        self, input: Any, hx: Tensor | None = None, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Any, Tensor]:
         weights = [getattr(self, name) for name in self._names]
         names = ("num_layers", "bidirectional", "batch_first", "bias", "training", "activation", "save", "backend")
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
-        return self.run(input, hx, weights, lengths=lengths, dropout=dropout, **{n: getattr(self, n) for n in names})
+        return self.run(
+            input, hx, weights, lengths=lengths, resets=resets, dropout=dropout, **{n: getattr(self, n) for n in names}
+        )
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""

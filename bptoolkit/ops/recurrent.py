@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from bptoolkit.op import Op
+from bptoolkit.ops.resets import Cell, Runs, check_resets
 from bptoolkit.shapes import check_alike, check_floating
 
 _transforms_active = torch._C._are_functorch_transforms_active
 CHUNK = 1 << 18  # elements of gates that a backward loop works on at a time: 1 MiB of float32
-Cell = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 
 
 # --- inside a rule: steps and lengths ------------------------------------------------------------------------------------
@@ -164,6 +164,7 @@ def sequence(
     layout: Layout,
     lengths: Tensor | None,
     keep_state: bool = False,
+    resets: Tensor | None = None,
 ) -> tuple[Any, tuple[Tensor, ...]]:
     """All layers and directions of a recurrent op, with everything torch's modules take.
 
@@ -172,7 +173,7 @@ def sequence(
         cell: one layer in one direction, `cell(x, states, weights, lengths, reverse) -> y, last states`.
         gates: how many blocks of H rows its weights have.
         states: the names of its states.
-        input, hx, weights, lengths: the arguments of the public function.
+        input, hx, weights, lengths, resets: the arguments of the public function.
         layout: its options.
         keep_state: under autocast on the CPU, work in the dtype of the states; see `cast`.
 
@@ -187,6 +188,8 @@ def sequence(
     if packed is not None:
         if lengths is not None:
             raise ValueError(f"{op.name}: a PackedSequence has its lengths in it; leave lengths out")
+        if resets is not None:
+            raise ValueError(f"{op.name}: resets need a padded input and lengths, not a PackedSequence")
         check_floating(op.name, "input.data", x)
         x, lengths, index = unpack(packed, x)
         layout = layout._replace(batch_first=False)
@@ -200,6 +203,9 @@ def sequence(
         hx = [h.index_select(1, packed.sorted_indices) for h in hx]
     if lengths is not None:
         lengths = check_lengths(op.name, lengths, x, batched).to(x.device)
+    if resets is not None:
+        resets = check_resets(op.name, resets, x, batched, batch_first)
+        cell = Runs(resets, lengths).cell(cell) if x.shape[1] else cell
     H = weights[0].shape[0] // gates
     sizes = (proj_size or H, H)
     finals: list[list[Tensor]] = [[] for _ in states]

@@ -219,6 +219,7 @@ def rnn(
     dropout: float = 0.0,
     training: bool = True,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     save: str | int = "gates",
     truncate: Any = None,
     backend: str = "auto",
@@ -235,6 +236,8 @@ def rnn(
         dropout: the share of every layer's output but the last's that is zeroed, if training.
         lengths: (B,) int64, between 0 and T: rows end there, their outputs past it are zero, their last states are those
             at their ends, a reverse direction starts there.
+        resets: bool, (T, B), (B, T) if batch_first, or (T,): where True, the state before the step is zero, for the reverse
+            direction the state after the step before. Its values are read: not inside torch.compile.
         save: what a layer keeps for backward, in one direction, besides its input: "gates" (the default), "outputs", "sparse":
             all three h, as there is nothing else; "segments": h at the ends of √T segments, which backward runs again one by
             one; an int: the plan with the fewest steps run again of those that keep, and hold at any moment of backward, at
@@ -250,12 +253,13 @@ def rnn(
         output (T, B, D·H) or as the input is laid out, and h_n in the shape of hx.
 
     Raises:
-        ValueError: shapes, lengths or devices disagree, an option is out of range, or the named backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx or lengths is no such tensor.
+        ValueError: shapes, lengths, resets or devices disagree, an option is out of range, resets cannot be read, or the named
+            backend cannot run the call.
+        TypeError: the tensors are not of one floating-point dtype, or hx, lengths or resets is no such tensor.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity={nonlinearity!r} is not known; choose 'tanh' or 'relu'")
-    way = Way(OP, MADE[nonlinearity], save, truncate, backend, weights, num_layers * (1 + bidirectional))
+    way = Way(OP, MADE[nonlinearity], save, truncate, backend, weights, num_layers * (1 + bidirectional), resets)
 
     def cell(x, start, ws, lengths, reverse):
         (h0,), b = start, ws[2] + ws[3] if bias else None
@@ -267,7 +271,7 @@ def rnn(
         return y, (last(h0, y, lengths, reverse),)
 
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
-    output, (h,) = sequence(OP, cell, 1, ("h_0",), input, hx, weights, layout, lengths)
+    output, (h,) = sequence(OP, cell, 1, ("h_0",), input, hx, weights, layout, lengths, resets=resets)
     return output, h
 
 
@@ -278,8 +282,10 @@ class RNN(nn.RNN):
     save: str | int = "gates"  # these two as in `rnn`
     truncate: Any = None
 
-    def forward(self, input, hx=None, lengths=None):  # type: ignore[override]
-        return rnn(input, hx, weights_of(self), **options_of(self), nonlinearity=self.nonlinearity, lengths=lengths)
+    def forward(self, input, hx=None, lengths=None, resets=None):  # type: ignore[override]
+        return rnn(
+            input, hx, weights_of(self), **options_of(self), nonlinearity=self.nonlinearity, lengths=lengths, resets=resets
+        )
 
 
 def reference(input, hx, weights, nonlinearity="tanh", **kwargs):
