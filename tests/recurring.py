@@ -215,7 +215,7 @@ def check_slices(cell: Cell, device: str, monkeypatch: pytest.MonkeyPatch, way: 
     One program after the other, as the interpreter has them, can wait for none: a single slice of each row there.
     """
     needs_a_watch(device, way)
-    monkeypatch.setattr(recurrent_slices, "sliced", lambda B, H, bytes: recurrent.Sliced(16, 16, 16, 4))
+    monkeypatch.setattr(recurrent_slices, "sliced", lambda *_: recurrent.Sliced(16, 16, 16, 4))
     T, args = 3, drawn(cell, device, 3, B, 2, H)
     with recurrent.forced(way):
         for k, rule in enumerate(cell.rules):

@@ -39,7 +39,7 @@ def _launch_forward(
         return out
     if way != "steps":
         args = pre, wh, bh, lengths, states(h0), y, G, T, B
-        launch_slices(slices_kernel, way == "persistent", y, T, H, args, REVERSE=reverse)
+        launch_slices(slices_kernel, way == "persistent", 3, y, H, args, REVERSE=reverse)
         return out
     state = torch.empty(B, H, dtype=y.dtype, device=y.device) if reverse and lengths is not None else None
     u, h, w = torch.empty(B, 3 * H, dtype=y.dtype, device=y.device), h0, wh.mT
@@ -77,7 +77,7 @@ def _launch_backward(
     rzq = da[..., H:]  # T B 3H
     if way != "steps":
         args = dy, G, U, y, h0, wh, lengths, da, carried, T, B, *steps
-        launch_slices(slices_back_kernel, way == "persistent", y, T, H, args, REVERSE=reverse)
+        launch_slices(slices_back_kernel, way == "persistent", 3, y, H, args, REVERSE=reverse)
         torch.mm(at_start(rzq, lengths, reverse), wh, out=sent)
         return da, dh0.copy_(carried.add_(sent))
     grid, launch = stepwise(y, H)

@@ -39,7 +39,7 @@ def _launch_forward(
         return out
     if way != "steps":
         args = pre, c0, wh, lengths, states(h0), y, c, G, T, B
-        launch_slices(slices_kernel, way == "persistent", y, T, H, args, REVERSE=reverse)
+        launch_slices(slices_kernel, way == "persistent", 4, y, H, args, REVERSE=reverse)
         return out
     state = torch.empty(B, H, dtype=y.dtype, device=y.device) if reverse and lengths is not None else None
     u, h, w = torch.empty(B, 4 * H, dtype=y.dtype, device=y.device), h0, wh.mT
@@ -84,7 +84,7 @@ def _launch_backward(
     carried = torch.empty(B, H, dtype=torch.float32, device=c.device).zero_()
     if way != "steps":
         args = dy, dc, G, c, c0, wh, lengths, da, carried, T, B, *steps  # type: ignore[assignment]
-        launch_slices(slices_back_kernel, way == "persistent", c, T, H, args, REVERSE=reverse, RAW=raw)
+        launch_slices(slices_back_kernel, way == "persistent", 4, c, H, args, REVERSE=reverse, RAW=raw)
         torch.mm(at_start(da, lengths, reverse), wh, out=sent)
         return da, dh0.copy_(sent), dc0.copy_(carried)
     (grid, launch), das = stepwise(c, H), da.unbind(0)

@@ -133,9 +133,9 @@ class Sliced(NamedTuple):
     warps: int
 
 
-def sliced(B: int, H: int, bytes: int) -> Sliced:
-    """The tile for B rows of H units of elements of so many bytes."""
-    rows, chunk = (32, 128) if bytes == 2 else (16, 32)
+def sliced(B: int, H: int, gates: int, bytes: int) -> Sliced:
+    """The tile for B rows of H units, each of so many gates, of elements of so many bytes."""
+    rows, chunk = (32, 128) if bytes == 2 else (16, 64 if gates == 1 else 32)
     BM, BK = (min(max(16, triton.next_power_of_2(n)), most) for n, most in ((B, rows), (H, chunk)))
     return Sliced(BM, SLICE, BK, 4)
 
@@ -196,7 +196,7 @@ def shipped(name: str, gates: int, way: str, kernel: Any, warp: int, back: bool)
                 BH, warps = resident(H, bytes, warp)
                 values |= {"BM": ROWS, "BH": BH}
             elif way != "steps":
-                BM, BN, BK, warps = sliced(64, H, bytes)
+                BM, BN, BK, warps = sliced(64, H, gates, bytes)
                 values |= {"BM": BM, "BN": BN, "BK": BK}
             else:
                 warps = 1

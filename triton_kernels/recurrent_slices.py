@@ -22,14 +22,15 @@ from bptoolkit.triton_kernels.kernel import WARP, programs
 from bptoolkit.triton_kernels.recurrent import sliced
 
 
-def launch_slices(kernel: Any, persistent: bool, t: Tensor, T: int, H: int, args: Sequence[Any], **flags: Any) -> None:
-    """A kernel by slices over all T steps of T B ·: all in one launch, persistent, or else one each.
+def launch_slices(kernel: Any, persistent: bool, gates: int, t: Tensor, H: int, args: Sequence[Any], **flags: Any) -> None:
+    """A kernel by slices over all steps of T B ·: all in one launch, persistent, or else one each.
 
     Raises:
         ValueError: all in one launch, but there are more slices than can run at a time.
     """
-    way = sliced(t.shape[1], H, t.element_size())
-    slices, tiles = triton.cdiv(H, way.BN), triton.cdiv(t.shape[1], way.BM)
+    (T, B, _), bytes = t.shape, t.element_size()
+    way = sliced(B, H, gates, bytes)
+    slices, tiles = triton.cdiv(H, way.BN), triton.cdiv(B, way.BM)
     most = 1 if t.device.type == "cpu" else programs(t.device, 16)  # that run at a time; the interpreter's do not
     constants = {"H": H, "BM": way.BM, "BN": way.BN, "BK": way.BK, "PRECISION": precision_of(t.dtype, WARP)}
     constants |= {"UPCAST": t.device.type == "cpu" and t.dtype == torch.bfloat16} | flags

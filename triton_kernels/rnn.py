@@ -35,7 +35,7 @@ def _launch_forward(pre: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None,
         return y
     if way != "steps":
         args = pre, wh, lengths, states(h0), y, T, B
-        launch_slices(slices_kernel, way == "persistent", y, T, H, args, REVERSE=reverse, TANH=tanh)
+        launch_slices(slices_kernel, way == "persistent", 1, y, H, args, REVERSE=reverse, TANH=tanh)
         return y
     state = torch.empty(B, H, dtype=y.dtype, device=y.device) if reverse and lengths is not None else None
     u, h, w = torch.empty(B, H, dtype=y.dtype, device=y.device), h0, wh.mT
@@ -68,7 +68,7 @@ def _launch_backward(
         return out
     if way != "steps":
         args = dy, y, wh, lengths, da, T, B, *steps
-        launch_slices(slices_back_kernel, way == "persistent", y, T, H, args, REVERSE=reverse, TANH=tanh)
+        launch_slices(slices_back_kernel, way == "persistent", 1, y, H, args, REVERSE=reverse, TANH=tanh)
         torch.mm(at_start(da, lengths, reverse), wh, out=dh0)
         return out
     dh0.zero_()  # sent is gathered in it
