@@ -23,7 +23,7 @@ from torch import Tensor
 from bptoolkit.ops.conv import DENSE
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.attention import precision_of
-from bptoolkit.triton_kernels.conv_dense_loops import gather_kernel, weight_kernel
+from bptoolkit.triton_kernels.conv_dense_loops import OF_GATHER, OF_WEIGHT, gather_kernel, weight_kernel
 from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense, programs
 from bptoolkit.triton_kernels.operator import operator
 
@@ -31,16 +31,17 @@ LARGEST = 2**31  # elements of an image, or of the kernel: inside a sample offse
 
 
 class Axis(NamedTuple):
-    """How places along an axis meet what is gathered, see conv_dense_loops.py; and how many places there are."""
+    """How places along an axis meet what is gathered: place u in tap t at u·step + at + t·reach, the kernel's element
+    first + t·every; and where they lie in what comes out: at to, to + apart, ..."""
 
-    STEP: int
-    BASE: int
-    REACH: int
-    TAPS: int
-    FIRST: int
-    EVERY: int
-    TO: int
-    APART: int
+    step: int
+    at: int
+    reach: int
+    taps: int
+    first: int
+    every: int
+    to: int
+    apart: int
     places: int
 
 
@@ -112,10 +113,6 @@ def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
 
 
-def _constants(axes: Sequence[Axis], names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(getattr(a, name) for a in axes) for name in names}
-
-
 def _numbers(t: Tile, channels: int, kind: str, precision: str, upcast: bool) -> dict[str, Any]:
     """The tile and how its product is made. Where its depth (or columns) divides the channels of a group, it has one tap."""
     whole = channels % (t.BN if kind == "weight" else t.BK) == 0
@@ -129,20 +126,30 @@ def _options(x: Tensor, t: Tile, channels: int, kind: str) -> dict[str, Any]:
     return numbers | {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
 
 
-OF_GATHER = Axis._fields[:-1]
-OF_WEIGHT = OF_GATHER[:4]
+def _geometry(axes: Sequence[Axis]) -> list[int]:
+    """What both kernels take from UD to rw."""
+    _, R, S = (a.taps for a in axes)
+    numbers = [a.places for a in axes] + [prod(a.taps for a in axes), R, S]
+    return numbers + [a.step for a in axes] + [a.at for a in axes] + [a.reach for a in axes]
 
 
 def _gather(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, axes: Sequence[Axis], G: int, transposed: bool) -> None:
     """One class of places of y, from x (N, *, C); w: (O, *K, I), the vendor's channels_last."""
-    N, U = x.shape[0], [a.places for a in axes]
-    I, O = x.shape[-1] // G, y.shape[1] // G
-    EI, EO = each(I, x.element_size()), each(O, x.element_size())
-    t = tile("gather", O, I, x.element_size(), WARP)
-    grid = (triton.cdiv(N * prod(U), t.BM) * G * triton.cdiv(O, t.BN),)
-    sizes = (N, *three(x.shape[1:-1]), *U, *three(y.shape[2:])[1:], I // EI, O // EO, G, y.stride(0), y.stride(-1), y.stride(1))
-    constants = _constants(axes, OF_GATHER) | {"K": three(w.shape[1:-1]), "EI": EI, "EO": EO, "TRANSPOSED": transposed}
-    gather_kernel[grid](x, w, b, y, *sizes, **constants, **_options(x, t, I, "gather"))
+    n = y.dim() - 2
+    y = y[(slice(None), slice(None), *(slice(a.to, None, a.apart) for a in axes[3 - n :]))]
+    if not all(a.taps for a in axes):
+        y.zero_()
+        return
+    N, I, O, size = x.shape[0], x.shape[-1] // G, y.shape[1] // G, x.element_size()
+    EI, EO, t = each(I, size), each(O, size), tile("gather", O, I, size, WARP)
+    _, KR, KS = K = three(w.shape[1:-1])
+    first, every = zip(*((a.first, a.every) for a in axes))
+    elements = (prod(K), (first[0] * KR + first[1]) * KS + first[2], every[0] * KR * KS, every[1] * KS, every[2])
+    grid = (triton.cdiv(y.numel() // y.shape[1], t.BM) * G * triton.cdiv(O, t.BN),)
+    sizes = (N, *three(x.shape[1:-1]), *_geometry(axes), *elements, I // EI, O // EO, G)
+    strides = (y.stride(0), *three(y.stride()[2:], 0), y.stride(1))
+    constants = {"EI": EI, "EO": EO, "DEEP": n == 3, "TRANSPOSED": transposed} | _options(x, t, I, "gather")
+    gather_kernel[grid](x, w, b, y, *sizes, *strides, **constants)
 
 
 def _launch_forward(
@@ -168,11 +175,7 @@ def _launch_input(
         return dx
     dy, w_ = last(dy), last(w)
     for axes in product(*(list(input_axes(*a)) for a in axes_of(w, size, stride, padding, dilation))):
-        if all(a.TAPS for a in axes):
-            _gather(dy, w_, None, dx, axes, groups, True)
-        else:
-            part = tuple(slice(a.TO, None, a.APART) for a in axes[3 - len(size) :])
-            dx[(slice(None), slice(None), *part)] = 0
+        _gather(dy, w_, None, dx, axes, groups, True)
     return dx
 
 
@@ -187,16 +190,15 @@ def _launch_weight(
     if not dw.numel() or not dy.numel():
         return dw.zero_()
     axes = [forward_axis(*a) for a in axes_of(w, x.shape[2:], stride, padding, dilation)]
-    U, (N, O), I = [a.places for a in axes], dy.shape[:2], w.shape[1]
-    O, size = O // groups, x.element_size()
-    columns = prod(w.shape[2:]) * I
+    O, I, *K = w.shape
+    O, size, columns = O // groups, x.element_size(), prod(K) * I
     t, EI, EO = tile("weight", columns, I, size, WARP), each(I, size), each(O, size)
     tiles = groups * triton.cdiv(O, t.BM) * triton.cdiv(columns, t.BN)
-    blocks = triton.cdiv(N * prod(U), t.BK)
+    blocks = triton.cdiv(dy.numel() // dy.shape[1], t.BK)
     P = min(blocks, max(programs(x.device, t.warps) // tiles, 1))
     sums = torch.empty((P, *dw.shape), dtype=torch.float32, device=x.device)
-    sizes = (N, *three(x.shape[2:]), *U, I // EI, O // EO, groups, blocks)
-    constants = _constants(axes, OF_WEIGHT) | {"EI": EI, "EO": EO} | _options(x, t, I, "weight")
+    sizes = (x.shape[0], *three(x.shape[2:]), *_geometry(axes), blocks, I // EI, O // EO, groups)
+    constants = {"EI": EI, "EO": EO, "DEEP": len(K) == 3} | _options(x, t, I, "weight")
     weight_kernel[(tiles, P)](last(dy), last(x), sums, *sizes, **constants)
     return torch.sum(sums, 0, out=dw)
 
@@ -251,48 +253,39 @@ def unsupported(x, w, b, stride, padding, dilation, tail, groups) -> str | None:
 KERNEL = Kernel(forward, backward, unsupported)
 
 
-SHAPES = {  # what -> the kernel's size, stride, padding, input and output channels of a group; and what is compiled of it
-    "3×3 64→64": (3, 1, 1, 64, 64, "forward input weight"),
-    "3×3 stride 2 64→128": (3, 2, 1, 64, 128, "input"),
-    "1×1 256→64": (1, 1, 0, 256, 64, "forward weight"),
-    "3×3 24→40": (3, 1, 1, 24, 40, "forward weight"),
-    "7×7 stride 2 3→64": (7, 2, 3, 3, 64, "forward weight"),
-    "3×3×3 in groups 64→64": (3, 1, 1, 64, 64, "forward input weight"),
+SHAPES = {  # what -> the kernel's elements, input and output channels of a group; and what is compiled of it
+    "64→64": (9, 64, 64, "forward input weight"),
+    "24→40": (9, 24, 40, "forward input weight"),
+    "3→64": (49, 3, 64, "forward weight"),
+    "64→64 three dimensions": (27, 64, 64, "forward input weight"),
 }
 
 
 def compilations(warp: int) -> list[Spec]:
-    """The loops at the shipped configurations, channels last: layers of a residual network, and three dimensions."""
+    """The loops at the shipped configurations, channels last; what a convolution is like they need not know."""
     half = [("bf16", torch.bfloat16, 2, what) for what in SHAPES]
     return [
         _spec(kind, t, dtype, size, what, warp)
-        for t, dtype, size, what in (*half, ("fp32", torch.float32, 4, "3×3 64→64"))
+        for t, dtype, size, what in (*half, ("fp32", torch.float32, 4, "64→64"))
         for kind in SHAPES[what][-1].split()
     ]
 
 
 def _spec(kind: str, t: str, dtype: torch.dtype, size: int, what: str, warp: int) -> Spec:
-    k, s, p, I, O, _ = SHAPES[what]
-    columns, depth = {"forward": (O, I), "input": (I, O), "weight": (k * k * I, I)}[kind]
-    gather, deep = kind != "weight", "groups" in what
-    one = Axis(1, 0, 1, 1, 0, 1, 0, 1, 1)
-    axis = max(input_axes(56, k, s, p, 1), key=lambda a: a.TAPS) if kind == "input" else forward_axis(56, k, s, p, 1)
+    K, I, O, _ = SHAPES[what]
+    columns, depth = {"forward": (O, I), "input": (I, O), "weight": (K * I, I)}[kind]
+    gather = kind != "weight"
     tile_ = tile("gather" if gather else "weight", columns, depth, size, warp)
-    values: dict[str, Any] = _constants([axis if deep else one, axis, axis], OF_GATHER if gather else OF_WEIGHT)
-    values |= {"EI": each(depth, size), "EO": each(I if kind == "input" else O, size)}
-    values |= _numbers(tile_, depth, kind, precision_of(dtype, warp), False)
+    values: dict[str, Any] = {"EI": each(depth, size), "EO": each(I if kind == "input" else O, size)}
+    values |= {"DEEP": "three" in what} | _numbers(tile_, depth, kind, precision_of(dtype, warp), False)
     if gather:
         types = dict.fromkeys(("x", "w", "y"), f"*{t}") | ({"b": f"*{t}"} if kind == "forward" else {})
-        values |= {"K": (k if deep else 1, k, k), "TRANSPOSED": kind == "input", "yc": 1}
-        values |= {"b": None} if kind == "input" else {}
-        kernel, aligned = gather_kernel, (*types, "yn", "yp")
+        values |= {"TRANSPOSED": kind == "input", "yc": 1} | ({"b": None} if kind == "input" else {})
+        kernel, numbers, aligned = gather_kernel, OF_GATHER, (*types, "yn", "yd", "yh", "yw")
     else:
         types = {"dy": f"*{t}", "x": f"*{t}", "sums": "*fp32"}
-        kernel, aligned = weight_kernel, tuple(types)
-    if not deep:
-        values |= {n: 1 for n in ("G", "D", "UD", "OD") if n in kernel.arg_names}
-    types |= dict.fromkeys((n for n in kernel.arg_names if n not in types and n not in values), "i32")
+        kernel, numbers, aligned = weight_kernel, OF_WEIGHT, tuple(types)
+    types |= dict.fromkeys((*numbers, *(n for n in ("I", "O", "G", "yn", "yd", "yh", "yw") if n in kernel.arg_names)), "i32")
     types = {n: types[n] for n in kernel.arg_names if n in types}
     narrow = "rows of 3 channels are not aligned" if I == 3 else ""
-    name = f"conv dense {kind} {what} {t}"
-    return Spec(name, kernel, types, values, aligned, tile_.warps, tile_.stages, True, narrow)
+    return Spec(f"conv dense {kind} {what} {t}", kernel, types, values, aligned, tile_.warps, tile_.stages, True, narrow)

@@ -119,10 +119,10 @@ def test_classes_of_residues():
     for m, k, s, p, d in product((1, 4, 9), (1, 2, 3, 5), (1, 2, 3, 4), (0, 1, 3), (1, 2, 3)):
         J = (m + 2 * p - d * (k - 1) - 1) // s + 1
         met = [
-            (a.TO + u * a.APART, u * a.STEP + a.BASE + t * a.REACH, a.FIRST + t * a.EVERY)
+            (a.to + u * a.apart, u * a.step + a.at + t * a.reach, a.first + t * a.every)
             for a in file.input_axes(m, k, s, p, d)
             for u in range(a.places)
-            for t in range(a.TAPS)
+            for t in range(a.taps)
         ]
         want = {(j * s + e * d - p, j, e) for j in range(J) for e in range(k) if 0 <= j * s + e * d - p < m}
         assert {i for i in met if 0 <= i[1] < J} == want and len(set(met)) == len(met)
