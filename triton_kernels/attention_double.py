@@ -6,7 +6,7 @@ its vjp     sums: u, w and g_dO of rows I, by a pass over K, V and the cotangent
             L × S matrix is, and no atomics: the same bits every time
 forward     mode is u and g_dO alone, at the directions in which q, k and v move
 
-Packed sequences, dropout, and what has to do with the gradient of a mask are the eager loops'.
+What has to do with the gradient of a mask is the eager loops'.
 """
 
 from __future__ import annotations
@@ -24,10 +24,24 @@ from bptoolkit.ops.attention_plain import nothing
 from bptoolkit.ops.attention_rule import RULE, backward_node, double_fast, push_by, run_backward, shared, summed
 from bptoolkit.triton_kernels import attention as first
 from bptoolkit.triton_kernels.aot import Spec
-from bptoolkit.triton_kernels.attention import Batch, Tile, near, of_samples, precision_of, samples
+from bptoolkit.triton_kernels.attention_layout import (
+    Batch,
+    Tile,
+    batch_of,
+    blocks,
+    mask_of,
+    near,
+    of_samples,
+    options_of,
+    precision_of,
+    samples,
+    shared_arguments,
+)
 from bptoolkit.triton_kernels.attention_second import second_columns_kernel, second_rows_kernel, sums_kernel
 from bptoolkit.triton_kernels.kernel import WARP, dense
 from bptoolkit.triton_kernels.operator import operator
+
+WIDEST = 128  # features of a head
 
 
 def tile(kernel: str, E: int, bytes: int, warp: int) -> Tile:
@@ -91,17 +105,21 @@ def _launch(
     m: Tensor | None,
     slopes: Tensor | None,
     lengths: Tensor | None,
+    seed: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
     o: Tensor | None,
     top: Tensor,
     l: Tensor,
     window: Sequence[int],
     scale: float | None,
     cap: float,
+    p: float,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """g_dO, g_dlse, gQ, gK, gV and gh of each sample; empty those that are not needed."""
-    out = _fake(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need)
-    n = first.batch_of(q, k, do.shape[-1])
+    out = _fake(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need)
+    n, packed = batch_of(q, k, do.shape[-1], cu_q), cu_q is not None
     N = n.B * n.H * n.G
     if not N:
         return out
@@ -111,45 +129,46 @@ def _launch(
         if gv is not None:
             gv.zero_()
             gv = None
-    mask, of_mask = first.mask_of(m, q, n)
+    mask = mask_of(m, q)
     A, dO, Q, O = (None if t is None else samples(t, n, n.G) for t in (a, do, q, o))
     B, C, K, V = (None if t is None else samples(t, n, 1) for t in (b, c, k, v))
-    terms = mask, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
-    given = A, B, C, of_samples(f, q, torch.float32), dO, Q, K, V, *terms
-    walk = *steps(A), *steps(B, True), *steps(C, True), *steps(dO), *steps(Q), *steps(K, True), *steps(V, True), *of_mask
-    common = first.shared_arguments(q, n, window, scale, cap)
+    numbers_of_samples = of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32)
+    given = A, B, C, of_samples(f, q, torch.float32), dO, Q, K, V, mask.m, *numbers_of_samples
+    given = *given, dense(seed), dense(cu_q), dense(cu_k)
+    walk = *steps(A), *steps(B, True), *steps(C, True), *steps(dO), *steps(Q), *steps(K, True), *steps(V, True), *mask.steps
+    common = shared_arguments(q, n, window, scale, cap, p, packed)
     weights, two = not (gq is None and gk is None and gslopes is None), split(*size_of(q, n))
 
     rows, numbers = (dense(dlse), O, dense(top), dense(l)), None
     BR = tile("sums", *size_of(q, n), WARP).BM
     if weights or gv is not None:
-        numbers = torch.empty(N, triton.cdiv(n.L, BR), 5, BR, dtype=torch.float32, device=q.device)
+        numbers = torch.empty(N, blocks(n, n.L, BR, packed), 5, BR, dtype=torch.float32, device=q.device)
     launches: list[Any] = [("sums", numbers, None if two else gdo, gdlse, weights)]
     launches += [("do", None, gdo, None, False)] if two else []
     for kernel, *written, has_w in launches:
         fixed, options, t = constants(q, m, n, kernel)
-        grid = (triton.cdiv(n.L, t.BM) * N,)
-        if grid[0] and any(x is not None for x in written):
+        grid = (blocks(n, n.L, t.BM, packed) * N,)
+        if n.L and any(x is not None for x in written):
             sums_kernel[grid](*given, *rows, *written, *walk, *steps(O), *common, *fixed, has_w, **options)
 
     if gq is not None or gslopes is not None:
         fixed, options, t = constants(q, m, n, "rows")
-        blocks = triton.cdiv(n.L, t.BM)
-        partial = None if gslopes is None else torch.empty(N, blocks, dtype=torch.float32, device=q.device)
-        if blocks:
-            second_rows_kernel[(blocks * N,)](*given, numbers, gq, partial, *walk, *common, *fixed, BR, **options)
+        down = blocks(n, n.L, t.BM, packed)
+        partial = None if gslopes is None else torch.empty(N, down, dtype=torch.float32, device=q.device)
+        if n.L:
+            second_rows_kernel[(down * N,)](*given, numbers, gq, partial, *walk, *common, *fixed, BR, **options)
         if gslopes is not None:
             torch.sum(partial, 1, out=gslopes.view(-1))
 
     for kernel, *written in [("columns", gk, None), ("v", None, gv)] if two else [("columns", gk, gv)]:
         fixed, options, t = constants(q, m, n, kernel)
-        grid = (triton.cdiv(n.S, t.BN) * n.B * n.H,)
-        if grid[0] and any(x is not None for x in written):
+        grid = (blocks(n, n.S, t.BN, packed) * n.B * n.H,)
+        if n.S and any(x is not None for x in written):
             second_columns_kernel[grid](*given, numbers, *written, *walk, *common, *fixed, BR, **options)
     return out
 
 
-def _fake(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need):
+def _fake(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
     shapes = (do.shape, q.shape[:-1], q.shape, k.shape, (*k.shape[:-1], do.shape[-1]), q.shape[:-2])
     dtypes = (q.dtype, torch.float32, q.dtype, q.dtype, q.dtype, torch.float32)
     return tuple(
@@ -158,8 +177,9 @@ def _fake(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, 
     )
 
 
-def _flops(a, b, c, f, do, dlse, q, k, v, m, slopes, lengths, o, top, l, window, scale, cap, need, *, out_shape=None):
+def _flops(a, b, c, f, do, dlse, q, k, v, *others, out_shape=None):
     """Of the maths: each product once."""
+    need = others[-1]
     of_a, of_b, of_c, of_v = (t is not None for t in (a, b, c, v))
     need_do, _, need_q, need_k, need_v, _ = need
     by_e = 1 + of_a + of_b + need_q * (1 + of_b) + need_k * (1 + of_a)
@@ -187,14 +207,16 @@ def _fast(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, wi
 def _double(a, b, c, e, f, wanted, args):
     """The second: as `double_fast`."""
     do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, _ = args
-    left_out = e is not None or "m" in wanted or p or cu_q is not None
-    if left_out or first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
+    E, options = max(q.shape[-1], do.shape[-1]), (window, scale, cap, p)
+    why = first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, *options)
+    if why or e is not None or "m" in wanted or E > WIDEST:
         return double_fast(a, b, c, e, f, wanted, args)
     K, V = k, v
-    if WARP == 64 and first.options_of((m, slopes, lengths), window, cap) == 2:  # a loop over the group would spill scalars
+    if WARP == 64 and options_of((m, slopes, lengths, seed), window, cap) >= 2:  # a loop over the group would spill scalars
         K, V, b, c = (shared(t, q) for t in (k, v, b, c))
     need = [x in wanted for x in "olqkvs"]
-    grads = DOUBLE(a, b, c, f, do, dlse, q, K, V, m, slopes, lengths, o, top, l, list(window), scale, cap, need)
+    others = m, slopes, lengths, seed, cu_q, cu_k, o, top, l, list(window), scale, cap, p
+    grads = DOUBLE(a, b, c, f, do, dlse, q, K, V, *others, need)
     gdo, gdlse, gq, gk, gv, gh = (g if n else None for g, n in zip(grads, need))
     gk, gv = (summed(g, k, g is not None) for g in (gk, gv))
     return gdo, gdlse, gq, gk, gv, None, None if gh is None else gh.sum_to_size(slopes.shape).to(slopes.dtype)
@@ -244,10 +266,11 @@ def configurations(warp: int) -> list[Spec]:
         there |= {"m", "f", "slopes", "lengths", "dlse", "gslopes"} if label == "all" else set()
         there |= set() if two else {"sums": {"gdo"}, "columns": {"gv"}}.get(kind, set())
         types = {name: of for name, of in pointers.items() if name in there}
-        types |= dict.fromkeys(("H", "G", "L", "S", "shift", "right"), "i32") | {"scale": "fp32"}
+        numbers = ("H", "G", "L", "S", "N", "MH", "MG", "shift", "right", "threshold")
+        types |= dict.fromkeys(numbers, "i32") | {"scale": "fp32", "inverse": "fp32"}
         types |= {"left": "i32", "cap": "fp32"} if label == "all" else {}
         BM, BN, warps, stages = tile(kind, E, bytes, warp)
-        values: dict[str, Any] = dict.fromkeys((*pointers, "left", "cap"))
+        values: dict[str, Any] = dict.fromkeys((*pointers, "left", "cap", "seed", "cu_q", "cu_k"))
         values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "BR": tile("sums", E, bytes, warp).BM, "ms": 1}
         values |= {"NATURAL": label == "all", "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
         values |= {"PART": part(bytes), "WEIGHTS": kind == "sums"}
