@@ -94,12 +94,12 @@ def scores(
         y = tl.load(at + (tl.minimum(i, L - i0 - 1) * ml + j * ms))
         s = s + y.to(tl.float32) if NATURAL else tl.where(y != 0, s, float("-inf"))
     if EDGE:
-        seen = j < length - j0
+        if length is not None:
+            s = tl.where(j < length - j0, s, float("-inf"))
         if left is not None:
-            seen = seen & (j - i >= i0 + shift - left - j0)
+            s = tl.where(j - i >= i0 + shift - left - j0, s, float("-inf"))
         if right is not None:
-            seen = seen & (j - i <= i0 + shift + right - j0)
-        s = tl.where(seen, s, float("-inf"))
+            s = tl.where(j - i <= i0 + shift + right - j0, s, float("-inf"))
     return s, t
 
 
@@ -315,7 +315,7 @@ def columns_kernel(
         shift *= width - height
         height = tl.where(j0 < width, height, 0)
         start = (i_ // BR + c + 1) * BR
-    b, h = wide(n0 // H), wide(n0 % H)
+    b, h, first = wide(n0 // H), wide(n0 % H), wide(n0) * S + (j_ + j0)
     do += b * ob + h * oh + wide(i_) * ol
     q += b * qb + h * qh + wide(i_) * ql
     K = rows(k + (b * kb + h * kh + wide(j_ + j0) * ks), ks, width - j0, E, BN, BE, UPCAST)  # BN BE
@@ -329,7 +329,7 @@ def columns_kernel(
     begin, _, _, end = seen_by(j0, BN, BM, height, right, left, -shift)
     for g in range(0, G):
         n = n0 * G + g
-        slope, length, mask = None, width, None
+        slope, length, mask = None, None, None
         if m is not None:
             mask = m + mask_at(n, mb, mh, mg, MH, MG)
         if slopes is not None:
@@ -364,6 +364,6 @@ def columns_kernel(
                     ds *= 1 - t * t
                 dK = tl.dot(ds.to(Q.dtype), Q, dK, input_precision=PRECISION)
     if dk is not None:
-        put(dk + (wide(n0) * S + j_ + j0) * E, dK * scale, width - j0, E, BN, BE)
+        put(dk + first * E, dK * scale, width - j0, E, BN, BE)
     if dv is not None:
-        put(dv + (wide(n0) * S + j_ + j0) * EV, dV, width - j0, EV, BN, BV)
+        put(dv + first * EV, dV, width - j0, EV, BN, BV)
