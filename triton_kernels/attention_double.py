@@ -193,11 +193,18 @@ DOUBLE = operator("triton_attention_double", _launch, _fake, flops=_flops)
 # The rule's backward, to be differentiated again ---------------------------------------------------------------------------
 
 
+def _refused(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p):
+    """Why the kernels cannot take the call, in which vmap may have put dimensions in front."""
+    if any(t is not None and t.dim() > 1 for t in (seed, cu_q, cu_k)):
+        return "several calls side by side"
+    return first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, window, scale, cap, p)
+
+
 def _fast(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, need):
     """The first order: `attention.backward`, where it takes the call."""
     of, options = {"q": q, "k": k, "v": v, "m": m, "s": slopes}, (window, scale, cap, p)
     wanted = RULE.Need(*(x in need for x in of), *(False,) * 4)
-    why = first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, *options)
+    why = _refused(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, *options)
     run = RULE.backward if why else first.backward
     with torch.no_grad():
         grads = run(do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, *options, wanted)
@@ -208,11 +215,12 @@ def _double(a, b, c, e, f, wanted, args):
     """The second: as `double_fast`."""
     do, dlse, q, k, v, m, slopes, lengths, seed, cu_q, cu_k, o, top, l, window, scale, cap, p, _ = args
     E, options = max(q.shape[-1], do.shape[-1]), (window, scale, cap, p)
-    why = first.unsupported(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, *options)
+    why = _refused(q, k, do, m, slopes, lengths, seed, cu_q, cu_k, *options)
     if why or e is not None or "m" in wanted or E > WIDEST:
         return double_fast(a, b, c, e, f, wanted, args)
     K, V = k, v
-    if WARP == 64 and options_of((m, slopes, lengths, seed), window, cap) >= 2:  # a loop over the group would spill scalars
+    full = cu_q is not None or options_of((m, slopes, lengths, seed), window, cap) >= 2
+    if WARP == 64 and full:  # a loop over the group would spill scalars
         K, V, b, c = (shared(t, q) for t in (k, v, b, c))
     need = [x in wanted for x in "olqkvs"]
     others = m, slopes, lengths, seed, cu_q, cu_k, o, top, l, list(window), scale, cap, p
@@ -253,28 +261,33 @@ _FLOAT32 = "f slopes dlse top l numbers gdlse gslopes"
 
 
 def configurations(warp: int) -> list[Spec]:
-    """Every launch: causal, at all cotangents of q, k and v; and with all of the options. `attention.specs` has them."""
-    every = []
-    for t, E, (kind, (kernel, written)), label in product(("bf16", "fp32"), (64, 128), _KERNELS.items(), ("causal", "all")):
+    """Every launch at all cotangents of q, k and v: causal, that packed and with dropout, and with all other options.
+
+    `attention.specs` has them.
+    """
+    every, labels = [], ("causal", "packed", "all")
+    for t, E, (kind, (kernel, written)), label in product(("bf16", "fp32"), (64, 128), _KERNELS.items(), labels):
         bytes, names = 4 if t == "fp32" else 2, kernel.arg_names
         two = split(E, bytes)
-        if (kind in ("do", "v") and not two) or (t == "fp32" and E == 64 and label == "causal"):
+        if (kind in ("do", "v") and not two) or (t == "fp32" and (label == "packed" or (E == 64 and label == "causal"))):
             continue
-        pointers = dict.fromkeys([*_TENSORS.split(), *_OUTPUTS.split(), "m"], f"*{t}") | {"lengths": "*i32"}
+        pointers = dict.fromkeys([*_TENSORS.split(), *_OUTPUTS.split(), "m"], f"*{t}")
+        pointers |= dict.fromkeys(("lengths", "seed", "cu_q", "cu_k"), "*i32")
         pointers |= dict.fromkeys(_FLOAT32.split(), "*fp32")
         there = {*_TENSORS.split(), "top", "l", *written.split()}
         there |= {"m", "f", "slopes", "lengths", "dlse", "gslopes"} if label == "all" else set()
+        there |= {"seed", "cu_q", "cu_k"} if label == "packed" else set()
         there |= set() if two else {"sums": {"gdo"}, "columns": {"gv"}}.get(kind, set())
         types = {name: of for name, of in pointers.items() if name in there}
         numbers = ("H", "G", "L", "S", "N", "MH", "MG", "shift", "right", "threshold")
         types |= dict.fromkeys(numbers, "i32") | {"scale": "fp32", "inverse": "fp32"}
         types |= {"left": "i32", "cap": "fp32"} if label == "all" else {}
         BM, BN, warps, stages = tile(kind, E, bytes, warp)
-        values: dict[str, Any] = dict.fromkeys((*pointers, "left", "cap", "seed", "cu_q", "cu_k"))
+        values: dict[str, Any] = dict.fromkeys((*pointers, "left", "cap"))
         values |= {"E": E, "EV": E, "BE": E, "BV": E, "BM": BM, "BN": BN, "BR": tile("sums", E, bytes, warp).BM, "ms": 1}
         values |= {"NATURAL": label == "all", "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
         values |= {"PART": part(bytes), "WEIGHTS": kind == "sums"}
-        if warp == 64 and label == "all" and kernel is second_columns_kernel:
+        if warp == 64 and label != "causal" and kernel is second_columns_kernel:
             del types["G"]
             values["G"] = 1  # see `_double`
         steps = [name for name in names if name not in types and name not in values]
