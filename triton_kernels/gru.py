@@ -34,7 +34,7 @@ def _launch_forward(
     y, G = out[0], out[1] if keep else None
     way = path(H, 3, pre.dtype, pre.device)
     if way == "resident":
-        grid, launch = fixed(y, H, reverse)
+        grid, launch = fixed(y, H, 3, reverse)
         resident_kernel[grid](pre, h0, wh, bh, lengths, y, G, T, B, **launch)
         return out
     if way != "steps":
@@ -69,7 +69,7 @@ def _launch_backward(
     steps = steps_of(dy)
     way = path(H, 3, y.dtype, y.device)
     if way == "resident":
-        grid, launch = fixed(y, H, reverse)
+        grid, launch = fixed(y, H, 3, reverse)
         resident_back_kernel[grid](dy, G, U, y, h0, wh, lengths, da, dh0, T, B, *steps, **launch)
         return out
     sent = torch.empty(B, H, dtype=y.dtype, device=y.device).zero_()

@@ -34,7 +34,7 @@ def _launch_forward(
     y, c, G = *out[:2], out[2] if keep else None
     way = path(H, 4, pre.dtype, pre.device)
     if way == "resident":
-        grid, launch = fixed(y, H, reverse)
+        grid, launch = fixed(y, H, 4, reverse)
         resident_kernel[grid](pre, h0, c0, wh, lengths, y, c, G, T, B, **launch)
         return out
     if way != "steps":
@@ -77,7 +77,7 @@ def _launch_backward(
     steps = (*steps_of(dy), *steps_of(dc))
     way = path(H, 4, c.dtype, c.device)
     if way == "resident":
-        grid, launch = fixed(c, H, reverse)
+        grid, launch = fixed(c, H, 4, reverse)
         resident_back_kernel[grid](dy, dc, G, c, c0, wh, lengths, *out, T, B, *steps, RAW=raw, **launch)
         return out
     sent = torch.empty(B, H, dtype=c.dtype, device=c.device).zero_()

@@ -101,17 +101,21 @@ class Resident(NamedTuple):
     warps: int
 
 
-def resident(H: int, bytes: int, warp: int) -> Resident:
+_WARPS = {16: (1, 2), 32: (2, 8), 64: (8, 8), 128: (16, 8), 256: (16, 8)}  # BH -> for half, for float32: none spills
+
+
+def resident(H: int, gates: int, bytes: int, warp: int) -> Resident:
     """The tile for H units of elements of so many bytes. Warps of 32 share the units among them, warps of 64 do not."""
     BH = max(16, triton.next_power_of_2(H))
     if warp == 64:
         return Resident(BH, max(1, BH // 32))
-    return Resident(BH, BH * bytes // 32 if BH < 64 else min(BH // 8, 16))
+    warps = _WARPS[BH][bytes == 4]
+    return Resident(BH, warps // 2 if gates == 1 and BH == 64 and bytes == 2 else warps)
 
 
-def fixed(t: Tensor, H: int, reverse: bool) -> tuple[tuple[int], dict[str, Any]]:
+def fixed(t: Tensor, H: int, gates: int, reverse: bool) -> tuple[tuple[int], dict[str, Any]]:
     """The grid of a resident kernel over T B ·, its constants, and how it is launched."""
-    way = resident(H, t.element_size(), WARP)
+    way = resident(H, gates, t.element_size(), WARP)
     upcast = t.device.type == "cpu" and t.dtype == torch.bfloat16  # whose products the interpreter gets wrong
     constants = {
         "H": H,
@@ -193,7 +197,7 @@ def shipped(name: str, gates: int, way: str, kernel: Any, warp: int, back: bool)
             values: dict[str, Any] = {"H": H, "REVERSE": not full, "PRECISION": precision_of(_DTYPES[t], warp), "UPCAST": False}
             values |= {"RAW": not full, "TANH": full} | (dict.fromkeys(("lengths", "state", "dc", "U")) if full else {})
             if way == "resident":
-                BH, warps = resident(H, bytes, warp)
+                BH, warps = resident(H, gates, bytes, warp)
                 values |= {"BM": ROWS, "BH": BH}
             elif way != "steps":
                 BM, BN, BK, warps = sliced(64, H, gates, bytes)

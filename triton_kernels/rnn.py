@@ -30,7 +30,7 @@ def _launch_forward(pre: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None,
     (T, B, H), (pre, h0, wh, lengths) = y.shape, map(dense, (pre, h0, wh, lengths))  # type: ignore[assignment]
     way = path(H, 1, pre.dtype, pre.device)
     if way == "resident":
-        grid, launch = fixed(y, H, reverse)
+        grid, launch = fixed(y, H, 1, reverse)
         resident_kernel[grid](pre, h0, wh, lengths, y, T, B, TANH=tanh, **launch)
         return y
     if way != "steps":
@@ -63,7 +63,7 @@ def _launch_backward(
     steps = steps_of(dy)
     way = path(H, 1, y.dtype, y.device)
     if way == "resident":
-        grid, launch = fixed(y, H, reverse)
+        grid, launch = fixed(y, H, 1, reverse)
         resident_back_kernel[grid](dy, y, wh, lengths, da, dh0, T, B, *steps, TANH=tanh, **launch)
         return out
     if way != "steps":
