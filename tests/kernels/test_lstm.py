@@ -70,8 +70,8 @@ def test_dtypes(device, way, dtype):
 @pytest.mark.parametrize("missing", ["dy", "dc"])
 def test_an_output_that_nothing_flows_into(device, way, missing):
     with recurrent.forced(way):
-        for rule in (GATES, OUTPUTS):
-            both_rules(rule, *drawn(LSTM, device, 3, 2, 2, 3), None, False, cotangents={missing: None, "dG": None}, errors=64)
+        rule = GATES if way == "steps" else OUTPUTS
+        both_rules(rule, *drawn(LSTM, device, 3, 2, 2, 3), None, False, cotangents={missing: None, "dG": None}, errors=64)
 
 
 def test_paths_agree(device):
