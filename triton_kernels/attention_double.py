@@ -61,9 +61,9 @@ def tile(kernel: str, E: int, bytes: int, warp: int) -> Tile:
     return {"do": Tile(32, 32, 4, 2), "rows": Tile(32, 32, 8, 2)}.get(kernel, Tile(64, 16, 8, 2))
 
 
-def split(E: int, bytes: int) -> bool:
-    """Whether g_dO and gV take launches of their own, for want of registers."""
-    return E > 64 or bytes == 4
+def split(kernel: str, E: int, bytes: int, warp: int) -> bool:
+    """Whether g_dO of "sums", or gV of "columns", takes a launch of its own, for want of registers."""
+    return E > 64 or bytes == 4 or (warp == 64 and kernel == "sums")
 
 
 def part(bytes: int) -> int:
@@ -137,14 +137,16 @@ def _launch(
     given = *given, dense(seed), dense(cu_q), dense(cu_k)
     walk = *steps(A), *steps(B, True), *steps(C, True), *steps(dO), *steps(Q), *steps(K, True), *steps(V, True), *mask.steps
     common = shared_arguments(q, n, window, scale, cap, p, packed)
-    weights, two = not (gq is None and gk is None and gslopes is None), split(*size_of(q, n))
+    weights = not (gq is None and gk is None and gslopes is None)
+    size = size_of(q, n)
+    apart = {kernel: split(kernel, *size, WARP) for kernel in ("sums", "columns")}
 
     rows, numbers = (dense(dlse), O, dense(top), dense(l)), None
-    BR = tile("sums", *size_of(q, n), WARP).BM
+    BR = tile("sums", *size, WARP).BM
     if weights or gv is not None:
         numbers = torch.empty(N, blocks(n, n.L, BR, packed), 5, BR, dtype=torch.float32, device=q.device)
-    launches: list[Any] = [("sums", numbers, None if two else gdo, gdlse, weights)]
-    launches += [("do", None, gdo, None, False)] if two else []
+    launches: list[Any] = [("sums", numbers, None if apart["sums"] else gdo, gdlse, weights)]
+    launches += [("do", None, gdo, None, False)] if apart["sums"] else []
     for kernel, *written, has_w in launches:
         fixed, options, t = constants(q, m, n, kernel)
         grid = (blocks(n, n.L, t.BM, packed) * N,)
@@ -160,7 +162,7 @@ def _launch(
         if gslopes is not None:
             torch.sum(partial, 1, out=gslopes.view(-1))
 
-    for kernel, *written in [("columns", gk, None), ("v", None, gv)] if two else [("columns", gk, gv)]:
+    for kernel, *written in [("columns", gk, None), ("v", None, gv)] if apart["columns"] else [("columns", gk, gv)]:
         fixed, options, t = constants(q, m, n, kernel)
         grid = (blocks(n, n.S, t.BN, packed) * n.B * n.H,)
         if n.S and any(x is not None for x in written):
@@ -268,7 +270,8 @@ def configurations(warp: int) -> list[Spec]:
     every, labels = [], ("causal", "packed", "all")
     for t, E, (kind, (kernel, written)), label in product(("bf16", "fp32"), (64, 128), _KERNELS.items(), labels):
         bytes, names = 4 if t == "fp32" else 2, kernel.arg_names
-        two = split(E, bytes)
+        of = {"do": "sums", "v": "columns"}.get(kind, kind)
+        two = split(of, E, bytes, warp)
         if (kind in ("do", "v") and not two) or (t == "fp32" and (label == "packed" or (E == 64 and label == "causal"))):
             continue
         pointers = dict.fromkeys([*_TENSORS.split(), *_OUTPUTS.split(), "m"], f"*{t}")

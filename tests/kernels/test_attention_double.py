@@ -153,17 +153,15 @@ def test_dtypes(device, dtype):
     run(20, 25, 24, window=CAUSAL, dtype=dtype, device=device, errors=errors)
 
 
-@pytest.mark.parametrize("B, of", [((), None), ((2, 1, 2), None), ((2, 1, 3), (2, 1, 1)), ((1, 3), (1, 1))])
-@pytest.mark.parametrize("window", [EVERYWHERE, CAUSAL], ids=["full", "causal"])
-def test_batches(device, B, of, window):
+@pytest.mark.parametrize("B, of", [((), None), ((2, 1, 2), None), ((2, 1, 2), (2, 1, 1)), ((1, 3), (1, 1))])
+def test_batches(device, B, of):
     """Any number of dimensions; a group of heads shares k and v, b and c, and their gradients are sums over it."""
-    run(10, 20, B=B, of=of, window=window, device=device)
+    run(10, 18, B=B, of=of, window=CAUSAL, device=device)
 
 
 @pytest.mark.parametrize("of", LAYOUTS)
 def test_layouts(device, of):
-    for laid in ("qkvd", "abc"):
-        run(8, 18, lay=LAYOUTS[of], laid=laid, window=CAUSAL, device=device)
+    run(8, 18, lay=LAYOUTS[of], laid="qva" if of.startswith("one") else "qkvdabc", window=CAUSAL, device=device)
 
 
 @pytest.mark.parametrize("given", ["a", "b", "c", "ab", "bc", "ac", "abc"])
@@ -176,12 +174,11 @@ FORMS = [(True, 0), (False, 16), (True, 16)]  # launches of their own for g_dO a
 
 
 @pytest.mark.parametrize("split, part", FORMS)
-@pytest.mark.parametrize("E, EV", [(24, 24), (40, 17)])
-def test_forms(device, monkeypatch, split, part, E, EV):
+def test_forms(device, monkeypatch, split, part):
     tiles_of(monkeypatch, 16, 32, split, part)
-    run(20, 18, E, EV, window=CAUSAL, device=device)
-    run(18, 12, E, EV, given="c", need="okv", device=device)
-    run(12, 18, E, EV, given="a", need="oqv", cap=1.0, device=device)
+    run(20, 18, 24, 17, window=CAUSAL, device=device)
+    run(8, 12, 17, given="c", need="okv", device=device)
+    run(12, 8, 33, given="a", need="oqv", cap=1.0, device=device)
 
 
 EMPTY = [(0, 3, 4, 4, 2), (3, 0, 4, 4, 2), (3, 3, 0, 4, 1), (3, 3, 4, 0, 1), (3, 3, 4, 4, 0), (0, 0, 4, 4, 1)]
@@ -194,8 +191,9 @@ def test_zero_sizes(device, L, S, E, EV, B):
     run_of(q, k, v, do, (q.cos(), k.cos(), v.cos(), None), GIVEN, ALL, 40, True, **options)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 20), (2, 1, 10, 20), (1, 2, 10, 1)])
-@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "kind, shape", [(torch.bool, (1, 1, 1, 20)), (torch.float32, (2, 1, 10, 20)), (torch.float32, (1, 2, 10, 1))], ids=str
+)
 def test_masks(device, shape, kind):
     """Constants, broadcast in any dimension; a row of the mask that hides all keys gives 0."""
     m = normal(*shape, device=device)
@@ -209,13 +207,12 @@ def test_windows(device, window):
     run(34, 30, window=window, device=device)
 
 
-@pytest.mark.parametrize("window", [EVERYWHERE, BOTTOM], ids=["full", "causal"])
-@pytest.mark.parametrize("given", ["abcf", "af", "f", "c"])
+@pytest.mark.parametrize("given, window", [("abcf", BOTTOM), ("af", EVERYWHERE), ("f", BOTTOM), ("c", EVERYWHERE)], ids=str)
 def test_lengths_slopes_and_a_cap(device, window, given):
     """Together; a length of 0, one inside a tile, one past the end."""
     slopes, lengths = normal(1, 1, device=device).abs(), torch.tensor([[0], [21], [99]], device=device)
     options = {"slopes": slopes, "lengths": lengths, "cap": 1.5, "scale": 0.7}
-    run(17, 25, B=(3, 1), window=window, given=given, need="olqkvs", device=device, dlse=False, **options)
+    run(17, 23, B=(3, 1), window=window, given=given, need="olqkvs", device=device, dlse=False, **options)
 
 
 def test_with_a_mask_all_together(device):
@@ -376,12 +373,14 @@ def test_a_gradient_penalty_through_a_transformer_block(device, ran):
     torch.testing.assert_close(first_order, sum(g.sum() for g in grad(penalty)(parameters).values()), rtol=1e-3, atol=1e-3)
 
 
-def third_order(fn, inputs, backend):
-    """A value, its gradients, theirs, and theirs, with the same draws for either backend."""
+def three_orders(fn, inputs, backend, most=3):
+    """The gradients of a value, theirs, and theirs, with the same draws for either backend."""
     torch.manual_seed(0)
-    grads = torch.autograd.grad(fn(*inputs, backend=backend).sin().sum(), inputs, create_graph=True)
-    more = torch.autograd.grad(sum(g.sin().sum() for g in grads), inputs, create_graph=True)
-    return [t.detach() for t in (*grads, *more, *torch.autograd.grad(sum(g.sin().sum() for g in more), inputs))]
+    found, grads = [], [fn(*inputs, backend=backend)]
+    for order in range(1, most + 1):
+        grads = torch.autograd.grad(sum(g.sin().sum() for g in grads), inputs, create_graph=order < most)
+        found += [g.detach() for g in grads]
+    return found
 
 
 def alike(found):
@@ -392,7 +391,7 @@ def alike(found):
 def test_a_mask_that_needs_a_gradient(device, ran):
     """Whose second order the eager loops do; the third is done in whole matrices."""
     inputs = [t.requires_grad_() for t in (*leaves(device, L=6), normal(1, 1, 6, 6, device=device))]
-    alike([third_order(sdpa, inputs, backend) for backend in ("triton", "eager")])
+    alike([three_orders(sdpa, inputs, backend) for backend in ("triton", "eager")])
     assert ran["backward"] and not ran["double"]
 
 
@@ -404,7 +403,7 @@ def test_dropout(device, ran, options):
     def dropped(*qkv, backend):
         return sdpa(*qkv, dropout_p=0.3, enable_gqa=True, **options, backend=backend)
 
-    alike([third_order(dropped, inputs, backend) for backend in ("triton", "eager")])
+    alike([three_orders(dropped, inputs, backend, 2) for backend in ("triton", "eager")])
     assert ran["double"]
 
 
@@ -425,13 +424,13 @@ PACKED = [{}, {"is_causal": True, "causal_align": "bottom_right"}, {"window": (9
 @pytest.mark.parametrize("options", PACKED, ids=str)
 def test_packed_sequences(device, ran, options):
     """Of several lengths, one empty, rows before and after them; fewer keys than queries, and more; in groups of heads."""
-    cu_q, cu_k = (torch.tensor(cu, device=device) for cu in ([1, 5, 5, 38, 40], [0, 3, 20, 38, 38]))
-    inputs = [t.requires_grad_() for t in (normal(41, 2, 8, device=device), *(normal(39, 1, 8, device=device) for _ in "kv"))]
+    cu_q, cu_k = (torch.tensor(cu, device=device) for cu in ([1, 5, 5, 23, 25], [0, 3, 8, 24, 24]))
+    inputs = [t.requires_grad_() for t in (normal(26, 2, 8, device=device), *(normal(25, 1, 8, device=device) for _ in "kv"))]
 
     def packed(*qkv, backend):
         return bp.functional.varlen_attention(*qkv, cu_q, cu_k, enable_gqa=True, **options, backend=backend)
 
-    alike([third_order(packed, inputs, backend) for backend in ("triton", "eager")])
+    alike([three_orders(packed, inputs, backend, 2) for backend in ("triton", "eager")])
     assert ran["double"]
 
 
