@@ -33,7 +33,7 @@ def tile(kernel: str, E: int, bytes: int, options: int, warp: int) -> Tile:
     """
     if bytes == 4:
         if E <= 64:
-            return Tile(32, 16 if kernel == "rows" else 32, 4, 1)
+            return Tile(32, 16 if kernel == "rows" else 32, 8 if kernel == "columns" and warp == 32 else 4, 1)
         small = {"forward": Tile(32, 16, 8, 1), "rows": Tile(16, 16, 4, 2), "mask": Tile(16, 32 if warp == 32 else 16, 8, 1)}
         return small.get(kernel, Tile(16, 16, 8, 1))
     amd = warp == 64
@@ -49,12 +49,12 @@ def tile(kernel: str, E: int, bytes: int, options: int, warp: int) -> Tile:
     if kernel == "forward":
         return Tile(128, 32 if E > 64 or options else 64, 8, 2)
     if kernel == "rows":
-        return Tile(64, 32, warps, 2)
+        return Tile(64, 32, warps, 1 if options > 2 else 2)
     if kernel == "mask":
         return Tile(64, 64 if E <= 64 else 32, 8, 1)
     if options > 2:
         return Tile(16, 64, 4, 1) if amd else Tile(32, 64 if E <= 64 else 32, 8, 1)
-    return Tile(32, 64, warps, 2 if options < 2 and not amd else 1)
+    return Tile(32, 64, warps, 2 if E > 64 and options < 2 and not amd else 1)
 
 
 class Batch(NamedTuple):

@@ -72,8 +72,8 @@ def varlen_attention(
         inputs, -inf where a query sees no key.
 
     Raises:
-        ValueError: shapes, heads or devices disagree, an option is out of its range, cu_seqlens fall or pass the end, or the
-            named backend cannot run the call.
+        ValueError: shapes, heads or devices disagree, an option is out of its range, cu_seqlens fall or pass the end (which
+            the fused kernels, that never read them on the host, do not say), or the named backend cannot run the call.
         TypeError: the tensors are not of one floating-point dtype, or cu_seqlens or an option is not of a type it can have.
     """
     q, k, v = OP.cast(query, key, value)

@@ -66,6 +66,7 @@ def test_any_number_of_dimensions(device, B, shape):
         run(3, 4, B=B, m=m > 0, need="qk", device=device)
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")  # of what is hidden
 def test_with_everything(device):
     """A window whose tiles are skipped, a cap, slopes, lengths; a mask that lies in memory in another order."""
     m, slopes = normal(1, 2, 70, 70, device=device).mT, normal(2, 2, device=device)
