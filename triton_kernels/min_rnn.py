@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from bptoolkit.ops import min_rnn as op
 from bptoolkit.ops.recurrent import over_time, within
 from bptoolkit.triton_kernels.aot import Spec
-from bptoolkit.triton_kernels.elementwise import place
+from bptoolkit.triton_kernels.elementwise import place, tiles
+from bptoolkit.triton_kernels.elementwise import tile as tile_of_all
 from bptoolkit.triton_kernels.functions import sigmoid_slope, tanh
-from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
+from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense
 from bptoolkit.triton_kernels.linear_recurrence import (
     NARROW,
     WIDE,
@@ -176,8 +177,9 @@ def coefficients_kernel(
 
 
 def fewer(sizes: dict[str, int]) -> dict[str, int]:
-    """Half the steps under way: backward has four or five loads a step."""
-    return sizes | {"U": max(1, sizes["U"] // 2)}
+    """Fewer steps under way: backward has four or five loads a step. Their number divides that of `linear_recurrence`."""
+    U = sizes["U"]
+    return sizes | {"U": max(1, U // (4 if U > 4 else 2))}
 
 
 def _way(x: Tensor, BACK: bool) -> tuple[Plan, tuple[int, int], dict[str, int]]:
@@ -193,10 +195,9 @@ def _coefficients(pre: Tensor, N: int, kind: str, activation: str, with_b: bool)
     T, B, _ = pre.shape
     a = torch.empty(T, B, N, dtype=torch.float32, device=pre.device)
     b = torch.empty(T, B, N, dtype=torch.float32, device=pre.device) if with_b else None
-    BN = min(triton.next_power_of_2(N), 512)
-    BM = 1024 // BN
-    grid = (triton.cdiv(T * B, BM) * triton.cdiv(N, BN),)
-    coefficients_kernel[grid](pre, a, b, T * B, N, kind, activation, BM, BN, num_warps=4, enable_fp_fusion=True)
+    BM, BN, warps = tile_of_all(T * B, N, WARP)
+    grid = tiles(T * B, N, BM, BN)
+    coefficients_kernel[grid](pre, a, b, T * B, N, kind, activation, BM, BN, num_warps=warps, enable_fp_fusion=True)
     return a, b
 
 
@@ -328,9 +329,10 @@ def specs(warp: int) -> list[Spec]:
             name = f"min_rnn{label} {kind} {t} {width} bytes"
             every.append(Spec(name, kernel, types, constants, aligned, 1, narrow=few if width == NARROW else ""))
         types = {"pre": f"*{t}", "a": "*fp32", "b": "*fp32", "M": "i32", "N": "i32"}
-        constants = {"KIND": kind, "ACTIVATION": "g", "BM": 2, "BN": 512}
+        BM, BN, warps = tile_of_all(4096, 4096, warp)
+        constants = {"KIND": kind, "ACTIVATION": "g", "BM": BM, "BN": BN}
         if width == WIDE:
             every.append(
-                Spec(f"min_rnn coefficients {kind} {t}", coefficients_kernel, types, constants, ("pre", "a", "b", "N"), 4)
+                Spec(f"min_rnn coefficients {kind} {t}", coefficients_kernel, types, constants, ("pre", "a", "b", "N"), warps)
             )
     return every
