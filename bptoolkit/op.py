@@ -13,10 +13,9 @@ from torch.autograd import forward_ad
 from bptoolkit import kernels
 from bptoolkit.cases import Case, Draw, from_shapes
 from bptoolkit.choose import State, choose
-from bptoolkit.function import Rule, vmap_active
+from bptoolkit.function import Rule
 from bptoolkit.shapes import Shapes
-
-_transforms_active = torch._C._are_functorch_transforms_active
+from bptoolkit.transforms import _transforms_active, vmap_active
 
 LOW: Mapping[str, str] = {"cpu": "low", "cuda": "low"}  # autocast casts the inputs to its own dtype
 FLOAT32: Mapping[str, str] = {"cpu": "float32", "cuda": "float32"}

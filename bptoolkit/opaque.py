@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bptoolkit.function import (
-    _Apart,
+from bptoolkit.function import _Apart, plain_apply
+from bptoolkit.transforms import (
     _legacy_batched,
     _transforms_active,
-    plain_apply,
     primals,
     refuse_nested_forward_mode,
     unwrap_dead,

@@ -37,13 +37,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bptoolkit.function import Rule, _transforms_active
-from bptoolkit.opaque import Opaque, _legacy_batched
+from bptoolkit.function import Rule
+from bptoolkit.opaque import Opaque
 from bptoolkit.ops import attention_blocks as blocks
 from bptoolkit.ops import attention_packed as packed
 from bptoolkit.ops import attention_plain as plain
 from bptoolkit.ops.attention_plain import nothing
 from bptoolkit.ops.attention_tiles import Terms, wide
+from bptoolkit.transforms import _legacy_batched, _transforms_active
 
 # The three loops, as nodes of a graph --------------------------------------------------------------------------------------
 

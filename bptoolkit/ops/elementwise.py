@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bptoolkit.cases import Case, Draw
-from bptoolkit.function import Rule, _transforms_active, unwatched
+from bptoolkit.function import Rule, unwatched
 from bptoolkit.op import Op
+from bptoolkit.transforms import _transforms_active
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bptoolkit.cases import Case, Draw
-from bptoolkit.function import Rule, _transforms_active, unwatched
+from bptoolkit.function import Rule, unwatched
 from bptoolkit.op import Op
 from bptoolkit.precision import wide
 from bptoolkit.shapes import check_floating
+from bptoolkit.transforms import _transforms_active
 
 
 def sum_by(i, rows, V):

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bptoolkit.cases import Case, Draw
-from bptoolkit.function import Rule, _transforms_active
+from bptoolkit.function import Rule
 from bptoolkit.op import Op
 from bptoolkit.ops.embedding import check_sparse, check_table, readable, renorm, row_of, scatter, scatter_sparse, sum_by
 from bptoolkit.precision import wide
 from bptoolkit.shapes import check_alike, check_floating
+from bptoolkit.transforms import _transforms_active
 
 MODES = ("sum", "mean", "max")
 

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 from bptoolkit.op import Op
 from bptoolkit.ops.resets import Cell, Runs, check_resets
 from bptoolkit.shapes import check_alike, check_floating
+from bptoolkit.transforms import _transforms_active
 
-_transforms_active = torch._C._are_functorch_transforms_active
 CHUNK = 1 << 18  # elements of gates that a backward loop works on at a time: 1 MiB of float32
 
 

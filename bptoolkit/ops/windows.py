@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bptoolkit.function import _transforms_active, unwatched
+from bptoolkit.function import unwatched
 from bptoolkit.op import Op
 from bptoolkit.ops.conv import _ints as ints
 from bptoolkit.precision import wide
+from bptoolkit.transforms import _transforms_active
 
 BLOCK = 1 << 17  # elements of a block: all that a formula makes of it stays in the cache
 
