@@ -112,11 +112,12 @@ def compile_for(spec: Spec, target: Target) -> Usage:
     def place(of: Any) -> tuple[int, ...]:
         return (names.index(of[0]), of[1]) if isinstance(of, tuple) else (names.index(of),)
 
+    constants = {of: v for of, v in spec.constants.items() if (of[0] if isinstance(of, tuple) else of) in names}
     compiled = triton.compile(
         ASTSource(
             fn=spec.kernel,
             signature={name: spec.types.get(name, "constexpr") for name in names},
-            constexprs={place(of): value for of, value in spec.constants.items() if of not in spec.types},
+            constexprs={place(of): value for of, value in constants.items() if of not in spec.types},
             attrs={place(of): [["tt.divisibility", 16]] for of in spec.aligned},
         ),
         target=GPUTarget(target.backend, target.arch, target.warp),
