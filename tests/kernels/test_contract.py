@@ -37,7 +37,7 @@ def test_every_file_is_used():
     import bptoolkit.ops
 
     stems = {m.__name__.rpartition(".")[2] for m in aot.modules()}
-    assert stems <= {*bptoolkit.ops.NAMES, "compress"}, stems
+    assert stems <= {*bptoolkit.ops.NAMES, "compress", "associative_scan"}, stems
 
 
 def cases(op, count, dtype=torch.float32, device="cpu"):
@@ -90,11 +90,12 @@ def test_operators(name, device, one_seed):
 
 
 def test_every_operator_is_checked(device):
-    """By the test above; those of compress, which serves no op, and of a second order in files of their own."""
+    """By the test above; those that serve no op, and of a second order, in files of their own."""
     checked = {f for name in FUSED for f, _ in calls_of(OPS[name], device)}
     left = {name for name, f in operator.REGISTERED.items() if f not in checked}
     packing = {"triton_pack", "triton_unpack", "triton_pack_bits", "triton_unpack_bits"}
-    assert left == packing | {"triton_attention_double"}  # test_compress.py, test_attention_double.py
+    others = {"triton_attention_double", "triton_associative_scan", "triton_associative_scan_backward"}
+    assert left == packing | others  # test_compress.py, test_attention_double.py, test_associative_scan.py
 
 
 @each_dtype
