@@ -177,7 +177,7 @@ def test_what_the_kernel_cannot_take(device):
     args = normal(4, 2, 3), None, weights
     with pytest.raises(ValueError, match="lstm: backend='triton' cannot run here: the fused kernels have no projection"):
         bp.functional.lstm(*args, proj_size=1, backend="triton")
-    with pytest.raises(ValueError, match="lstm: backend='triton' cannot run here: .* no e-prop, no ARTBP"):
+    with pytest.raises(ValueError, match=r"lstm: backend='triton' cannot run here: .* no e-prop, no ARTBP"):
         few = [normal(8, 3), normal(8, 2)]
         bp.functional.lstm(normal(4, 2, 3), None, few, bias=False, truncate="eprop", backend="triton")
     y, _ = bp.functional.lstm(*args, proj_size=1)
