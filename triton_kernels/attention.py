@@ -27,13 +27,12 @@ from bptoolkit.triton_kernels.attention_layout import (
     near,
     of_samples,
     options_of,
-    precision_of,
     samples,
     shared_arguments,
     tile,
 )
 from bptoolkit.triton_kernels.attention_loops import columns_kernel, forward_kernel, rows_kernel
-from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
+from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense, precision_of
 from bptoolkit.triton_kernels.operator import operator
 
 WIDEST = {2: 256, 4: 128}  # bytes of an element -> features of a head; three products of tf32 take registers

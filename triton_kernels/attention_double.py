@@ -33,12 +33,11 @@ from bptoolkit.triton_kernels.attention_layout import (
     near,
     of_samples,
     options_of,
-    precision_of,
     samples,
     shared_arguments,
 )
 from bptoolkit.triton_kernels.attention_second import second_columns_kernel, second_rows_kernel, sums_kernel
-from bptoolkit.triton_kernels.kernel import WARP, dense
+from bptoolkit.triton_kernels.kernel import WARP, dense, precision_of, upcasts
 from bptoolkit.triton_kernels.operator import operator
 
 WIDEST = 128  # features of a head
@@ -80,8 +79,7 @@ def constants(q: Tensor, m: Tensor | None, n: Batch, kernel: str) -> tuple[tuple
     BE, BV = (max(triton.next_power_of_2(x), 16) for x in (n.E, n.EV))
     t = tile(kernel, *size_of(q, n), WARP)
     natural = m is not None and m.dtype != torch.bool
-    upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16  # whose products the interpreter gets wrong
-    fixed = n.E, n.EV, BE, BV, t.BM, t.BN, natural, precision_of(q.dtype, WARP), upcast, part(q.element_size())
+    fixed = n.E, n.EV, BE, BV, t.BM, t.BN, natural, precision_of(q.dtype, WARP), upcasts(q), part(q.element_size())
     return fixed, {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}, t
 
 

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from bptoolkit import randomness
-from bptoolkit.triton_kernels.kernel import WARP
+from bptoolkit.triton_kernels.kernel import WARP, precision_of, upcasts
 
 COLUMNS = 64  # a multiple of those of a tile
 FARTHEST = 1 << 22  # elements from one row to the next: inside a tile offsets are of 32 bits
@@ -163,17 +163,9 @@ def constants(q: Tensor, m: Tensor | None, n: Batch, kernel: str, has: int) -> t
     t = tile(kernel, max(BE, BV), q.element_size(), has, WARP)
     precision = precision_of(q.dtype, WARP)
     natural = m is not None and m.dtype != torch.bool
-    upcast = q.device.type == "cpu" and q.dtype == torch.bfloat16  # whose products the interpreter gets wrong
     options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
     more = tile("rows", max(BE, BV), q.element_size(), has, WARP).BM if kernel in ("columns", "mask") else not has
-    return (n.E, n.EV, BE, BV, t.BM, t.BN, natural, more, precision, upcast), options, t
-
-
-def precision_of(dtype: torch.dtype, warp: int) -> str:
-    """How products of float32 are made: by matrix instructions, on NVIDIA's parts out of three of tf32."""
-    if dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3" if warp == 32 else "ieee"
+    return (n.E, n.EV, BE, BV, t.BM, t.BN, natural, more, precision, upcasts(q)), options, t
 
 
 def options_of(terms: Sequence[Any], window: Sequence[int], cap: float) -> int:

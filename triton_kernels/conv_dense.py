@@ -22,9 +22,8 @@ from torch import Tensor
 
 from bptoolkit.ops.conv import DENSE
 from bptoolkit.triton_kernels.aot import Spec
-from bptoolkit.triton_kernels.attention import precision_of
 from bptoolkit.triton_kernels.conv_dense_loops import OF_GATHER, OF_WEIGHT, gather_kernel, weight_kernel
-from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense, programs
+from bptoolkit.triton_kernels.kernel import WARP, Kernel, computed_in_float32, dense, precision_of, programs, upcasts
 from bptoolkit.triton_kernels.operator import operator
 
 LARGEST = 2**31  # elements of an image, or of the kernel: inside a sample offsets are of 32 bits
@@ -121,8 +120,7 @@ def _numbers(t: Tile, channels: int, kind: str, precision: str, upcast: bool) ->
 
 def _options(x: Tensor, t: Tile, channels: int, kind: str) -> dict[str, Any]:
     """The tile for a launch."""
-    upcast = x.device.type == "cpu" and x.dtype == torch.bfloat16  # whose products the interpreter gets wrong
-    numbers = _numbers(t, channels, kind, precision_of(x.dtype, WARP), upcast)
+    numbers = _numbers(t, channels, kind, precision_of(x.dtype, WARP), upcasts(x))
     return numbers | {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
 
 

@@ -40,6 +40,18 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def precision_of(dtype: torch.dtype, warp: int) -> str:
+    """How products of float32 are made: by matrix instructions, on NVIDIA's parts out of three of tf32."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3" if warp == 32 else "ieee"
+
+
+def upcasts(t: Tensor) -> bool:
+    """Whether factors of a product become float32 first: the interpreter gets those of bfloat16 wrong."""
+    return t.device.type == "cpu" and t.dtype == torch.bfloat16
+
+
 @cache
 def programs(device: torch.device, warps: int) -> int:
     """How many programs run at a time: 16 warps on each multiprocessor; 3 in the interpreter."""

@@ -26,8 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bptoolkit.triton_kernels.aot import Spec
-from bptoolkit.triton_kernels.attention import precision_of
-from bptoolkit.triton_kernels.kernel import WARP
+from bptoolkit.triton_kernels.kernel import WARP, precision_of, upcasts
 from bptoolkit.triton_kernels.linear_recurrence import between, position
 
 ROWS = 16  # of the batch, the fewest that a matrix instruction takes
@@ -116,14 +115,13 @@ def resident(H: int, gates: int, bytes: int, warp: int) -> Resident:
 def fixed(t: Tensor, H: int, gates: int, reverse: bool) -> tuple[tuple[int], dict[str, Any]]:
     """The grid of a resident kernel over T B ·, its constants, and how it is launched."""
     way = resident(H, gates, t.element_size(), WARP)
-    upcast = t.device.type == "cpu" and t.dtype == torch.bfloat16  # whose products the interpreter gets wrong
     constants = {
         "H": H,
         "REVERSE": reverse,
         "BM": ROWS,
         "BH": way.BH,
         "PRECISION": precision_of(t.dtype, WARP),
-        "UPCAST": upcast,
+        "UPCAST": upcasts(t),
     }
     return (triton.cdiv(t.shape[1], ROWS),), constants | {"num_warps": way.warps, "num_stages": 1, "enable_fp_fusion": True}
 

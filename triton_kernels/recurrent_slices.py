@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bptoolkit.triton_kernels.attention import precision_of
-from bptoolkit.triton_kernels.kernel import WARP, programs
+from bptoolkit.triton_kernels.kernel import WARP, precision_of, programs
 from bptoolkit.triton_kernels.recurrent import sliced
 
 
