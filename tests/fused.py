@@ -20,6 +20,11 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu",
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
+def ragged(device: str, T: int, B: int) -> Tensor:
+    """Lengths that are T, 0, 1, and in between."""
+    return torch.tensor([(T, 0, 1, T - 1, T // 2)[k % 5] for k in range(B)], device=device, dtype=torch.int64).clamp(0)
+
+
 def double(args: Any) -> list[Any]:
     return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
 

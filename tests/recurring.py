@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fused import LAYOUTS, both_rules, double, near, normal
+from fused import LAYOUTS, both_rules, double, near, normal, ragged
 from torch import Tensor
 
 from bptoolkit import OPS
@@ -42,11 +42,6 @@ def drawn(cell: Cell, device: str, T: int, B: int, I: int, H: int, dtype: torch.
     weights = [draw(rows, n, seed=k, scale=scale) for k, n in ((3, I), (4, H))]
     biases = [draw(rows, seed=k, scale=scale) for k in range(5, 5 + cell.biases)]
     return [draw(T, B, I, seed=0), *states, *weights, *biases, *cell.rest]
-
-
-def ragged(device: str, T: int, B: int) -> Tensor:
-    """Lengths that are T, 0, 1, and in between."""
-    return torch.tensor([(T, 0, 1, T - 1, T // 2)[k % 5] for k in range(B)], device=device, dtype=torch.int64)
 
 
 SIZES = [  # either side of a tile of rows and units; more tiles than programs; a width that no tile has

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import recurring as check
 import torch
-from fused import LAYOUTS, each_dtype
-from recurring import Cell, drawn, each_path, ragged
+from fused import LAYOUTS, each_dtype, ragged
+from recurring import Cell, drawn, each_path
 from torch.utils.flop_counter import FlopCounterMode
 
 from bptoolkit.ops.gru import GATES, OUTPUTS

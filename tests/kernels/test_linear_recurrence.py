@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from fused import LAYOUTS, both_rules, each_dtype, normal
+from fused import LAYOUTS, both_rules, each_dtype, normal, ragged
 
 import bptoolkit as bp
 from bptoolkit.ops.linear_recurrence import RULE
@@ -31,11 +31,6 @@ def chunks(monkeypatch):
 def drawn(device, T, B, N, dtype=torch.float32):
     a, b, h0 = (normal(*s, dtype=dtype, device=device, seed=k) for k, s in enumerate(((T, B, N), (T, B, N), (B, N))))
     return a.tanh(), b, h0
-
-
-def ragged(device, T, B):
-    """Lengths that are 0, 1, T, and in between."""
-    return torch.tensor([(T, 0, 1, T - 1, T // 2)[k % 5] for k in range(B)], device=device).clamp(0)
 
 
 SIZES = [  # steps either side of those under way; elements either side of a tile; more tiles than programs, with wide loads

@@ -8,8 +8,8 @@ import sys
 import pytest
 import recurring as check
 import torch
-from fused import LAYOUTS, both_rules, each_dtype, normal
-from recurring import Cell, drawn, each_path, ragged
+from fused import LAYOUTS, both_rules, each_dtype, normal, ragged
+from recurring import Cell, drawn, each_path
 from torch.utils.flop_counter import FlopCounterMode
 
 import bptoolkit as bp

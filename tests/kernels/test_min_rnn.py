@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from fused import LAYOUTS, both_rules, each_dtype, normal
+from fused import LAYOUTS, both_rules, each_dtype, normal, ragged
 
 import bptoolkit as bp
 from bptoolkit.ops.min_rnn import ACTIVATIONS, BLOCKS, GATES, OUTPUTS
@@ -32,11 +32,6 @@ def chunks(monkeypatch):
 def drawn(device, kind, T, B, H, I=3, dtype=torch.float32):
     shapes = (T, B, I), (B, H), (BLOCKS[kind] * H, I), (BLOCKS[kind] * H,)
     return tuple(normal(*s, dtype=dtype, device=device, seed=k) for k, s in enumerate(shapes))
-
-
-def ragged(device, T, B):
-    """Lengths that are 0, 1, T, and in between."""
-    return torch.tensor([(T, 0, 1, T - 1, T // 2)[k % 5] for k in range(B)], device=device).clamp(0)
 
 
 SIZES = [  # steps either side of those under way; elements either side of a tile; more tiles than programs
