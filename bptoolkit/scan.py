@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from bptoolkit.function import in_graph
+from bptoolkit.grad_norms import KEYS, Recorder
 from bptoolkit.ops.bptt import ARTBP, truncation
 from bptoolkit.ops.recurrent import check_lengths, order, repack, unpack
-from bptoolkit.scan_loops import KEYS, Bptt, Ranks, Recorder
+from bptoolkit.scan_loops import Bptt, Ranks
 from bptoolkit.shapes import check_floating
 
 _SCANS: dict[int, Scan] = {}

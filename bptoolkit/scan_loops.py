@@ -6,23 +6,20 @@ counted by rank, and the loop runs under `torch.func.vmap` as often.
 
 from __future__ import annotations
 
-import itertools
 import re
-import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bptoolkit.function import Rule
+from bptoolkit.grad_norms import deliver, key_of
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops.recurrent import order
 from bptoolkit.precision import wide
 from bptoolkit.scan_signatures import named, names, signed
-
-KEYS = itertools.count(1)
-_RECORDERS: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
 
 
 class Ranks(NamedTuple):
@@ -33,14 +30,6 @@ class Ranks(NamedTuple):
     state: tuple[int, ...]
     state_tuple: bool
     params: tuple[int, ...]
-
-
-class Recorder:
-    """What is given the norms; known to operators by its number."""
-
-    def __init__(self, fn: Callable[[Tensor], Any]) -> None:
-        self.fn, self.key = fn, next(KEYS)
-        _RECORDERS[self.key] = self
 
 
 class Bptt:
@@ -108,8 +97,7 @@ class Bptt:
         lengths, reverse, every, k1, k2, record, need = it
         wanted = [*need[:nx], *need[nx + ns : nx + ns + np]]
         op = self.TRUNCATED if k1 else self.BPTT
-        key = record.key if isinstance(record, Recorder) else record
-        grads = op(*cotangents, *tensors, *ends, y, lengths, reverse, every, k1, k2, wanted, key)
+        grads = op(*cotangents, *tensors, *ends, y, lengths, reverse, every, k1, k2, wanted, key_of(record))
         flags = [*wanted[:nx], *[True] * ns, *wanted[nx:]]
         return *(g if w else None for g, w in zip(grads, flags)), None
 
@@ -248,9 +236,7 @@ class Bptt:
                 if before is not None:
                     self._unchanged(before, _marks(args))
                 if drop and args[-1]:
-                    recorder = _RECORDERS.get(args[-1])
-                    if recorder is not None:
-                        recorder.fn(out[-1])
+                    deliver(args[-1], out[-1])
             return tuple(o.contiguous() for o in out[: len(out) - drop])
 
         return run
@@ -334,7 +320,7 @@ def _marks(args: Sequence[Any]) -> tuple[list[int], Tensor]:
 
 
 def _take(it: Iterator[Any], n: int) -> list[Any]:
-    return list(itertools.islice(it, n))
+    return list(islice(it, n))
 
 
 def _on(T: int, lengths: Tensor | None) -> list[Any]:

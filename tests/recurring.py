@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ class Cell(NamedTuple):
     states: int
     biases: int = 1
     rest: tuple[Any, ...] = ()  # inputs between the biases and the lengths
-    options: tuple[Any, ...] = ()  # after reverse
+    options: tuple[Any, ...] = (0,)  # after reverse; the last is nobody, who is given no norms
 
 
 def drawn(cell: Cell, device: str, T: int, B: int, I: int, H: int, dtype: torch.dtype = torch.float32) -> list[Any]:
@@ -223,6 +225,80 @@ def check_slices_in_half(cell: Cell, device: str, way: str, dtype: torch.dtype) 
             no_worse(rule, *args, lengths, dtype == torch.float16, *cell.options)
 
 
+SAVES = ("gates", "outputs", "segments")
+
+
+def check_gradient_norms(cell: Cell, device: str, monkeypatch: pytest.MonkeyPatch, way: str, save: str, **kwargs: Any) -> None:
+    """Of both directions, as the eager rule in float64 has them; what is past a row's length is not read."""
+    needs_a_watch(device, way)
+    monkeypatch.setattr(recurrent_slices, "sliced", lambda *_: recurrent.Sliced(16, 16, 16, 4))
+    op, T, B, I, H, D = OPS[cell.name], 6, 4, 3, 5, 2
+    sizes = [(cell.gates * H, I), (cell.gates * H, H), (cell.gates * H,), (cell.gates * H,)] * D
+    weights = [normal(*s, seed=k) for k, s in enumerate(sizes)]
+    hx = [normal(D, B, H, seed=20 + k) for k in range(cell.states)]
+    lengths, x, dy = torch.tensor([6, 0, 2, 5], device=device), normal(T, B, I, seed=30), normal(T, B, D * H, seed=31)
+    past = torch.arange(T)[:, None] >= lengths.cpu()
+    x[past], dy[past] = torch.nan, torch.nan
+
+    def run(dtype: torch.dtype, **more: Any) -> Tensor:
+        leaves = [t.to(device, dtype).requires_grad_() for t in (x, *hx, *weights)]
+        first = tuple(leaves[1 : 1 + cell.states]) if cell.states > 1 else leaves[1]
+        seen: dict[int, Tensor] = {}
+        y, last = op.call(
+            leaves[0], first, leaves[1 + cell.states :], bidirectional=True, lengths=lengths, save=save,
+            grad_norms=seen.__setitem__, **kwargs, **more,
+        )  # fmt: skip
+        last = last if isinstance(last, tuple) else (last,)
+        torch.autograd.grad((y, *last), leaves, (dy.to(y), *(s.detach().sin() for s in last)))
+        return torch.stack([seen[k] for k in range(D)])
+
+    with recurrent.forced(way):
+        got = run(torch.float32, backend="triton")
+    torch.testing.assert_close(got, run(torch.float64), rtol=1e-4, atol=1e-6)
+
+
+# --- all steps in one launch, by programs that wait for each other ----------------------------------------------------------
+
+
 def needs_a_watch(device: str, way: str) -> None:
     if device == "cuda" and way == "persistent":
-        pytest.skip("programs that wait for each other are run in a process of their own: test_lstm.py")
+        pytest.skip("programs that wait for each other are run in a process of their own: check_persistent_on_cuda")
+
+
+WATCHED = """
+import sys
+import torch
+from bptoolkit import OPS
+from bptoolkit.triton_kernels import recurrent
+
+name, gates = sys.argv[1], int(sys.argv[2])
+for H, B, dtype in ((1024, 64, torch.bfloat16), (1016, 70, torch.bfloat16), (256, 300, torch.float16), (120, 5, torch.float32)):
+    torch.manual_seed(0)
+    weights = [torch.randn(gates * H, n) * H**-0.5 for n in (64, H)] + [torch.randn(gates * H) * 0.1] * 2
+    leaves = [t.to("cuda", dtype).requires_grad_() for t in (torch.randn(50, B, 64), *weights)]
+    lengths = torch.arange(B, device="cuda") % 51
+    for save in ("gates", "outputs"):
+        found = []
+        for way in ("steps", "slices", "persistent", "persistent"):
+            with recurrent.forced(way):
+                y, last = OPS[name].call(leaves[0], None, leaves[1:], lengths=lengths, save=save, backend="triton")
+                last = last if isinstance(last, tuple) else (last,)
+                loss = (y * y).sum() + last[-1].sum()
+                found.append((y, *last, *torch.autograd.grad(loss, leaves)))
+        for a, b in zip(found[2], found[3]):
+            assert torch.equal(a, b), "another run gives other bits"
+        for way in found[1:]:
+            for got, want in zip(way, found[0]):
+                error = float((got - want).float().norm() / want.float().norm())
+                assert error < (1e-4 if dtype == torch.float32 else 3e-2), (H, B, dtype, save, error)
+print("all arrived")
+"""
+
+
+def check_persistent_on_cuda(cell: Cell) -> None:
+    """In a process of its own: a program that waits for ever is a failure, not a wait."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs programs that run at a time, on a GPU")
+    command = [sys.executable, "-c", WATCHED, cell.name, str(cell.gates)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "all arrived" in done.stdout, done.stdout + done.stderr

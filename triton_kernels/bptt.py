@@ -23,7 +23,7 @@ class Kernels(NamedTuple):
     planned: Kernel
 
 
-def unsupported(x, h0, c0, wi, wh, b, bh, wr, lengths, s, reverse, saved, k1, k2, p, cut) -> str | None:
+def unsupported(x, h0, c0, wi, wh, b, bh, wr, lengths, s, reverse, saved, k1, k2, p, cut, record) -> str | None:
     """Why the kernels cannot take the call, or None."""
     if wr is not None:
         return "the fused kernels have no projection"
@@ -47,7 +47,7 @@ def _lstm(pre, h0, c0, wh, bh, wr, lengths, reverse, keep):
 
 
 def _lstm_back(dy, dc, G, y, c, h0, c0, wh, lengths, reverse):
-    return lstm.BACKWARD(dy, dc, G, c, c0, wh, lengths, reverse, False)
+    return lstm.BACKWARD(dy, dc, G, c, c0, wh, lengths, reverse, False, 0)
 
 
 def _gru(pre, h0, c0, wh, bh, wr, lengths, reverse, keep):
@@ -56,7 +56,7 @@ def _gru(pre, h0, c0, wh, bh, wr, lengths, reverse, keep):
 
 
 def _gru_back(dy, dc, G, y, c, h0, c0, wh, lengths, reverse):
-    return *gru.BACKWARD(dy, G, None, y, h0, wh, lengths, reverse), None
+    return *gru.BACKWARD(dy, G, None, y, h0, wh, lengths, reverse, 0), None
 
 
 def _rnn(tanh: bool) -> tuple[Any, Any]:
@@ -64,7 +64,7 @@ def _rnn(tanh: bool) -> tuple[Any, Any]:
         return rnn.FORWARD(pre, h0, wh, lengths, reverse, tanh), None, None
 
     def back(dy, dc, G, y, c, h0, c0, wh, lengths, reverse):
-        return *rnn.BACKWARD(dy, y, h0, wh, lengths, reverse, tanh), None
+        return *rnn.BACKWARD(dy, y, h0, wh, lengths, reverse, tanh, 0), None
 
     return forward, back
 

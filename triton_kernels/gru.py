@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bptoolkit.grad_norms import deliver, key_of
 from bptoolkit.ops import gru as op
-from bptoolkit.ops.gru_loops import products
+from bptoolkit.ops.gru_loops import products, squares
 from bptoolkit.ops.recurrent import before, order, within
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.gru_loops import resident_back_kernel, resident_kernel, step_back_kernel, step_kernel
 from bptoolkit.triton_kernels.gru_slices import slices_back_kernel, slices_kernel
 from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
+from bptoolkit.triton_kernels.linear_recurrence import recurrence
 from bptoolkit.triton_kernels.operator import operator
 from bptoolkit.triton_kernels.recurrent import at_start, fixed, path, rows_of, shipped, steps_of, stepwise
 from bptoolkit.triton_kernels.recurrent_slices import launch_slices, states
@@ -58,14 +60,32 @@ def _fake_forward(pre, h0, wh, bh, lengths, reverse, keep):
 
 
 def _launch_backward(
-    dy: Tensor, G: Tensor, U: Tensor | None, y: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None, reverse: bool
+    dy: Tensor,
+    G: Tensor,
+    U: Tensor | None,
+    y: Tensor,
+    h0: Tensor,
+    wh: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    record: int,
 ) -> tuple[Tensor, Tensor]:
-    """da and dh0. With U, what the gates are made from is in G and U; see `gru_loops`."""
+    """da and dh0. With U, what the gates are made from is in G and U; see `gru_loops`. record: who is given the norms."""
+    out = _backward(dy, G, U, y, h0, wh, lengths, reverse)
+    if record:
+        G = G if U is None else (G[..., : U.shape[-1]] + U).sigmoid()  # z is its second block, and r is not used
+        dy, G = within(dy, lengths), within(G, lengths)
+        found = squares(out[0], dy, None, G, y, h0, wh, lengths, None, reverse, False, recurrence)
+        deliver(record, found)
+    return out
+
+
+def _backward(dy, G, U, y, h0, wh, lengths, reverse):
     da, dh0 = out = _fake_backward(dy, G, U, y, h0, wh, lengths, reverse)
     if not da.numel():
         return da, dh0.zero_()
-    (T, B, H), (G, U, y, h0, wh, lengths) = y.shape, map(dense, (G, U, y, h0, wh, lengths))  # type: ignore[assignment]
-    dy = rows_of(dy)  # type: ignore[assignment]
+    (T, B, H), (G, U, y, h0, wh, lengths) = y.shape, map(dense, (G, U, y, h0, wh, lengths))
+    dy = rows_of(dy)
     steps = steps_of(dy)
     way = path(H, 3, y.dtype, y.device)
     if way == "resident":
@@ -89,7 +109,7 @@ def _launch_backward(
     return da, dh0.copy_(carried.add_(sent))
 
 
-def _fake_backward(dy, G, U, y, h0, wh, lengths, reverse):
+def _fake_backward(dy, G, U, y, h0, wh, lengths, reverse, record=0):
     shapes = ((*y.shape[:-1], 4 * y.shape[-1]), h0.shape)
     return tuple(torch.empty(shape, dtype=y.dtype, device=y.device) for shape in shapes)
 
@@ -114,34 +134,34 @@ BACKWARD = operator(
 # --- the rules ------------------------------------------------------------------------------------------------------------
 
 
-def forward_gates(x, h0, wi, wh, b, bh, lengths, reverse):
+def forward_gates(x, h0, wi, wh, b, bh, lengths, reverse, record):
     return FORWARD(F.linear(x, wi, b), h0, wh, bh, lengths, reverse, True)
 
 
-def forward_outputs(x, h0, wi, wh, b, bh, lengths, reverse):
+def forward_outputs(x, h0, wi, wh, b, bh, lengths, reverse, record):
     return FORWARD(F.linear(x, wi, b), h0, wh, bh, lengths, reverse, False)[0]
 
 
-def backward_gates(dy, dG, x, h0, wi, wh, lengths, reverse, y, G, need):
+def backward_gates(dy, dG, x, h0, wi, wh, lengths, reverse, record, y, G, need):
     if dG is not None or dy is None:  # second order only
-        return op.GATES.backward(dy, dG, x, h0, wi, wh, lengths, reverse, y, G, need)
+        return op.GATES.backward(dy, dG, x, h0, wi, wh, lengths, reverse, record, y, G, need)
     hp = before(h0, y, lengths, reverse) if need.wh else None
-    return _gradients(dy, x, h0, hp, wi, wh, lengths, reverse, y, G, None, need)
+    return _gradients(dy, x, h0, hp, wi, wh, lengths, reverse, record, y, G, None, need)
 
 
-def backward_outputs(dy, x, h0, wi, wh, b, bh, lengths, reverse, y, need):
+def backward_outputs(dy, x, h0, wi, wh, b, bh, lengths, reverse, record, y, need):
     hp = before(h0, y, lengths, reverse)
     A, U = F.linear(x, wi, b), F.linear(hp, wh, bh)  # T B 3H
-    return _gradients(dy, x, h0, hp, wi, wh, lengths, reverse, y, A, U, need)
+    return _gradients(dy, x, h0, hp, wi, wh, lengths, reverse, record, y, A, U, need)
 
 
-def _gradients(dy, x, h0, hp, wi, wh, lengths, reverse, y, G, U, need):
-    da, dh0 = BACKWARD(dy, G, U, y, h0, wh, lengths, reverse)  # T B 4H, B H
+def _gradients(dy, x, h0, hp, wi, wh, lengths, reverse, record, y, G, U, need):
+    da, dh0 = BACKWARD(dy, G, U, y, h0, wh, lengths, reverse, key_of(record))  # T B 4H, B H
     dx, dwi, dwh, db, dbh = products(need, da, within(x, lengths) if need.wi else x, hp, wi)
     return dx, dh0 if need.h0 else None, dwi, dwh, db, dbh, None
 
 
-def unsupported(x, h0, wi, wh, b, bh, lengths, reverse) -> str | None:
+def unsupported(x, h0, wi, wh, b, bh, lengths, reverse, record) -> str | None:
     """Why the kernels cannot take the call, or None."""
     return computed_in_float32(x)
 

@@ -310,6 +310,11 @@ def _launch_forward(a: Tensor, b: Tensor, h0: Tensor, lengths: Tensor | None, re
     return y
 
 
+def recurrence(a: Tensor, b: Tensor, h0: Tensor, reverse: bool, _: bool) -> Tensor:
+    """For other launchers, in place of `bptoolkit.ops.linear_recurrence.loop_fast` without shift."""
+    return _launch_forward(a, b, h0, None, reverse)
+
+
 def _fake_forward(a, b, h0, lengths, reverse):
     return torch.empty(b.shape, dtype=b.dtype, device=b.device)
 

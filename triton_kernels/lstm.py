@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bptoolkit.grad_norms import deliver, key_of
 from bptoolkit.ops import lstm as op
-from bptoolkit.ops.lstm_loops import products
+from bptoolkit.ops.lstm_loops import products, squares
 from bptoolkit.ops.recurrent import before, order, within
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
+from bptoolkit.triton_kernels.linear_recurrence import recurrence
 from bptoolkit.triton_kernels.lstm_loops import resident_back_kernel, resident_kernel, step_back_kernel, step_kernel
 from bptoolkit.triton_kernels.lstm_slices import slices_back_kernel, slices_kernel
 from bptoolkit.triton_kernels.operator import operator
@@ -67,12 +69,23 @@ def _launch_backward(
     lengths: Tensor | None,
     reverse: bool,
     raw: bool,
+    record: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """da, dh0 and dc0. raw: G is before the gates' functions."""
+    """da, dh0 and dc0. raw: G is before the gates' functions. record: who is given the norms of what steps send back."""
+    out = _backward(dy, dc, G, c, c0, wh, lengths, reverse, raw)
+    if record:
+        dy, dc, G = (within(t, lengths) for t in (dy, dc, G))
+        G = G.sigmoid() if raw else G  # i and g are not used
+        found = squares(out[0], dy, dc, None, G, c, c0, wh, None, lengths, None, reverse, False, recurrence)
+        deliver(record, found)
+    return out
+
+
+def _backward(dy, dc, G, c, c0, wh, lengths, reverse, raw):
     da, dh0, dc0 = out = _fake_backward(dy, dc, G, c, c0, wh, lengths, reverse, raw)
     if not da.numel():
         return da, dh0.zero_(), dc0.zero_()
-    (T, B, H), (G, c, c0, wh, lengths) = c.shape, map(dense, (G, c, c0, wh, lengths))  # type: ignore[assignment]
+    (T, B, H), (G, c, c0, wh, lengths) = c.shape, map(dense, (G, c, c0, wh, lengths))
     dy, dc = rows_of(dy), rows_of(dc)
     steps = (*steps_of(dy), *steps_of(dc))
     way = path(H, 4, c.dtype, c.device)
@@ -83,7 +96,7 @@ def _launch_backward(
     sent = torch.empty(B, H, dtype=c.dtype, device=c.device).zero_()
     carried = torch.empty(B, H, dtype=torch.float32, device=c.device).zero_()
     if way != "steps":
-        args = dy, dc, G, c, c0, wh, lengths, da, carried, T, B, *steps  # type: ignore[assignment]
+        args = dy, dc, G, c, c0, wh, lengths, da, carried, T, B, *steps
         launch_slices(slices_back_kernel, way == "persistent", 4, c, H, args, REVERSE=reverse, RAW=raw)
         torch.mm(at_start(da, lengths, reverse), wh, out=sent)
         return da, dh0.copy_(sent), dc0.copy_(carried)
@@ -96,7 +109,7 @@ def _launch_backward(
     return da, dh0.copy_(sent), dc0.copy_(carried)
 
 
-def _fake_backward(dy, dc, G, c, c0, wh, lengths, reverse, raw):
+def _fake_backward(dy, dc, G, c, c0, wh, lengths, reverse, raw, record=0):
     return tuple(torch.empty(shape, dtype=c.dtype, device=c.device) for shape in (G.shape, c0.shape, c0.shape))
 
 
@@ -120,36 +133,36 @@ BACKWARD = operator(
 # --- the rules ------------------------------------------------------------------------------------------------------------
 
 
-def forward_gates(x, h0, c0, wi, wh, b, wr, lengths, reverse):
+def forward_gates(x, h0, c0, wi, wh, b, wr, lengths, reverse, record):
     return FORWARD(F.linear(x, wi, b), h0, c0, wh, lengths, reverse, True)
 
 
-def forward_outputs(x, h0, c0, wi, wh, b, wr, lengths, reverse):
+def forward_outputs(x, h0, c0, wi, wh, b, wr, lengths, reverse, record):
     return FORWARD(F.linear(x, wi, b), h0, c0, wh, lengths, reverse, False)[:2]
 
 
-def backward_gates(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, G, need):
+def backward_gates(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, record, y, c, G, need):
     if dG is not None:  # second order only
-        return op.GATES.backward(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, G, need)
+        return op.GATES.backward(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, record, y, c, G, need)
     hp = before(h0, y, lengths, reverse) if need.wh else None
-    return _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, c, G, False, need)
+    return _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, record, c, G, False, need)
 
 
-def backward_outputs(dy, dc, x, h0, c0, wi, wh, b, wr, lengths, reverse, y, c, need):
+def backward_outputs(dy, dc, x, h0, c0, wi, wh, b, wr, lengths, reverse, record, y, c, need):
     hp = before(h0, y, lengths, reverse)
     G = F.linear(x, wi, b).contiguous()  # T B 4H
     G.view(-1, G.shape[-1]).addmm_(hp.reshape(-1, hp.shape[-1]), wh.mT)
-    return _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, c, G, True, need)
+    return _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, record, c, G, True, need)
 
 
-def _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, c, G, raw, need):
-    da, dh0, dc0 = BACKWARD(dy, dc, G, c, c0, wh, lengths, reverse, raw)  # T B 4H, B H, B H
+def _gradients(dy, dc, x, hp, c0, wi, wh, lengths, reverse, record, c, G, raw, need):
+    da, dh0, dc0 = BACKWARD(dy, dc, G, c, c0, wh, lengths, reverse, raw, key_of(record))  # T B 4H, B H, B H
     x = within(x, lengths) if need.wi else x
     dx, dwi, dwh, db, _, _ = products(need, dy, da, x, hp, c, G, wi, wh, None, None, reverse, False)
     return dx, dh0 if need.h0 else None, dc0 if need.c0 else None, dwi, dwh, db, None, None
 
 
-def unsupported(x, h0, c0, wi, wh, b, wr, lengths, reverse) -> str | None:
+def unsupported(x, h0, c0, wi, wh, b, wr, lengths, reverse, record) -> str | None:
     """Why the kernels cannot take the call, or None."""
     return computed_in_float32(x) if wr is None else "the fused kernels have no projection"
 

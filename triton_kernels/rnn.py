@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bptoolkit.grad_norms import deliver, key_of
 from bptoolkit.ops.recurrent import before, order, within
-from bptoolkit.ops.rnn import products
+from bptoolkit.ops.rnn import products, squares
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.kernel import Kernel, computed_in_float32, dense
 from bptoolkit.triton_kernels.operator import operator
@@ -52,14 +53,21 @@ def _fake_forward(pre, h0, wh, lengths, reverse, tanh):
 
 
 def _launch_backward(
-    dy: Tensor, y: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None, reverse: bool, tanh: bool
+    dy: Tensor, y: Tensor, h0: Tensor, wh: Tensor, lengths: Tensor | None, reverse: bool, tanh: bool, record: int
 ) -> tuple[Tensor, Tensor]:
-    """da and dh0."""
+    """da and dh0. record: who is given the norms of what steps send back."""
+    out = _backward(dy, y, h0, wh, lengths, reverse, tanh)
+    if record:
+        deliver(record, squares(out[0], wh, lengths, None, False))
+    return out
+
+
+def _backward(dy, y, h0, wh, lengths, reverse, tanh):
     da, dh0 = out = _fake_backward(dy, y, h0, wh, lengths, reverse, tanh)
     if not da.numel():
         return da, dh0.zero_()
-    (T, B, H), (y, wh, lengths) = y.shape, map(dense, (y, wh, lengths))  # type: ignore[assignment]
-    dy = rows_of(dy)  # type: ignore[assignment]
+    (T, B, H), (y, wh, lengths) = y.shape, map(dense, (y, wh, lengths))
+    dy = rows_of(dy)
     steps = steps_of(dy)
     way = path(H, 1, y.dtype, y.device)
     if way == "resident":
@@ -81,7 +89,7 @@ def _launch_backward(
     return out
 
 
-def _fake_backward(dy, y, h0, wh, lengths, reverse, tanh):
+def _fake_backward(dy, y, h0, wh, lengths, reverse, tanh, record=0):
     return tuple(torch.empty(shape, dtype=y.dtype, device=y.device) for shape in (y.shape, h0.shape))
 
 
@@ -105,18 +113,18 @@ BACKWARD = operator(
 # --- the rule -------------------------------------------------------------------------------------------------------------
 
 
-def forward(x, h0, wi, wh, b, lengths, reverse, nonlinearity):
+def forward(x, h0, wi, wh, b, lengths, reverse, nonlinearity, record):
     return FORWARD(F.linear(x, wi, b), h0, wh, lengths, reverse, nonlinearity == "tanh")
 
 
-def backward(dy, x, h0, wi, wh, lengths, reverse, nonlinearity, y, need):
-    da, dh0 = BACKWARD(dy, y, h0, wh, lengths, reverse, nonlinearity == "tanh")  # T B H, B H
+def backward(dy, x, h0, wi, wh, lengths, reverse, nonlinearity, record, y, need):
+    da, dh0 = BACKWARD(dy, y, h0, wh, lengths, reverse, nonlinearity == "tanh", key_of(record))  # T B H, B H
     x, hp = within(x, lengths) if need.wi else x, before(h0, y, lengths, reverse) if need.wh else None
     dx, dwi, dwh, db = products(need, da, x, hp, wi)
     return dx, dh0 if need.h0 else None, dwi, dwh, db, None
 
 
-def unsupported(x, h0, wi, wh, b, lengths, reverse, nonlinearity) -> str | None:
+def unsupported(x, h0, wi, wh, b, lengths, reverse, nonlinearity, record) -> str | None:
     """Why the kernels cannot take the call, or None."""
     return computed_in_float32(x)
 

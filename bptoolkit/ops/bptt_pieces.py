@@ -26,6 +26,7 @@ class Core(NamedTuple):
     fast: Callable[..., Any]  # (pre, h0, c0, wh, bh, wr, lengths, reverse, keep) -> y, c, G, in place
     node: Callable[..., Any]  # the same, as a node of a graph
     back: Callable[..., Any]  # (fast, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut) -> da, dh0, dc0
+    squares: Callable[..., Tensor]  # (da, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut): see `grad_norms.squares`
     products: Callable[..., Any]  # (need, dy, da, x, hp, c, G, wi, wh, wr, xi, reverse, cut) -> dx, dwi, dwh, db, dbh, dwr
     gates: Callable[..., Any] | None = None  # (x, hp, wi, wh, b, bh) -> G
     cells: Callable[..., Any] | None = None  # (G, c0, C, lengths, reverse, K) -> c, from every K-th
@@ -49,6 +50,7 @@ class Job(NamedTuple):
     reverse: bool
     xi: Tensor | None
     cut: bool
+    squares: Tensor | None = None  # T B: of what each row sends back at each step, if somebody asks for them
 
     def at(self, lo: int, hi: int) -> tuple[slice, Tensor | None]:
         """The place of steps lo … hi - 1 of the recurrence, and the rows' lengths within it."""
@@ -137,7 +139,10 @@ def go_back(job: Job, need: Any, fast: bool, lo: int, hi: int, h: Any, c: Any, s
     x, dy, xi = within(job.x[place], n), within(dy[place], n), None if job.xi is None else job.xi[place]
     dy = dy if dh is None else dy + at_last(dh, hi - lo, n, job.reverse)
     dcs = None if dc is None else at_last(dc, hi - lo, n, job.reverse)
-    da, dh0, dc0 = core.back(fast, dy, dcs, g, y, cs, h, c, wh, wr, n, xi, job.reverse, job.cut)
+    of_steps = (dy, dcs, g, y, cs, h, c, wh, wr, n, xi, job.reverse, job.cut)
+    da, dh0, dc0 = core.back(fast, *of_steps)
+    if job.squares is not None:
+        job.squares[place] = core.squares(da, *of_steps)
     hp = before(h, y, n, job.reverse)
     hp = hp if fast else slack(hp, xi, job.cut)
     dx, *dw = core.products(need, dy, da, x, hp, cs, g, wi, wh, wr, xi, job.reverse, job.cut)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bptoolkit.function import Rule
+from bptoolkit.grad_norms import Recorder, deliver, key_of
 from bptoolkit.op import Op
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops.bptt import ARTBP, Windows, factors, seeds_of, truncation, windows
@@ -46,7 +47,11 @@ def through_windows(job: Job, need: Any, fast: bool, w: Windows, h0: Any, c0: An
         G = within(G, w.lengths)
     else:
         y, c, G = core.loop(F.linear(x, wi, b), h, s, wh, bh, wr, w.lengths, None, False, False)
-    da, dh, ds = core.back(fast, dyw, dc, G, y, c, h, s, wh, wr, w.lengths, None, False, False)
+    of_steps = (dyw, dc, G, y, c, h, s, wh, wr, w.lengths, None, False, False)
+    da, dh, ds = core.back(fast, *of_steps)
+    if job.squares is not None:
+        owned = w.owned_only(core.squares(da, *of_steps).unsqueeze(-1))
+        job.squares.copy_(w.put(owned, job.squares.unsqueeze(-1)).squeeze(-1))
     hp = before(h, y, w.lengths, False)
     dx, *dw = core.products(need, dyw, da, x, hp, c, G, wi, wh, wr, None, False, False)
     return dx, w.of_start(dh), None if ds is None else w.of_start(ds), dw
@@ -79,6 +84,7 @@ def backward_operator(core: Core) -> Opaque:
         k2: int,
         p: float,
         cut: bool,
+        record: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         T, B, _ = x.shape
         xi = factors(s, p, T, B, lengths, reverse, x.dtype)
@@ -96,18 +102,24 @@ def backward_operator(core: Core) -> Opaque:
             found = go_back(job, _need(need), False, 0, T, h0, c0, steps, dy, None, dcn)
         return _in_order(x, need, found)  # type: ignore[return-value]
 
-    def quickly(dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, y, H, C, G, need, reverse, memory, k1, k2, p, cut):
+    def quickly(dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, y, H, C, G, need, reverse, memory, k1, k2, p, cut, record):
         T, B, _ = x.shape
-        wants = _need(need)
+        squares = torch.zeros(T, B, dtype=torch.float64, device=x.device) if record else None
         xi = factors(s, p, T, B, lengths, reverse, x.dtype)
-        job = Job(core, within(x, lengths), (wi, wh, b, bh, wr), lengths, reverse, xi, cut)
-        dy = _or_zeros(dy, x, h0)
+        job = Job(core, within(x, lengths), (wi, wh, b, bh, wr), lengths, reverse, xi, cut, squares)
+        found = _quickly(job, _or_zeros(dy, x, h0), dcn, h0, c0, y, H, C, G, _need(need), memory, k1, k2)
+        if squares is not None:
+            deliver(record, squares)
+        return _in_order(x, need, found)
+
+    def _quickly(job, dy, dcn, h0, c0, y, H, C, G, wants, memory, k1, k2):
+        x, lengths, reverse, (wi, wh, b, bh, _), T = job.x, job.lengths, job.reverse, job.weights, job.x.shape[0]
         steps: Any
         if y is not None:
             G = G if G.dim() > 1 else None
             if G is None and core.gates is not None and not (k1 and C.shape[0] == T):
                 hp = before(h0, y, lengths, reverse)
-                G = within(core.gates(job.x, hp, wi, wh, b, bh), lengths)
+                G = within(core.gates(x, hp, wi, wh, b, bh), lengths)
             c = None if c0 is None else C if C.shape[0] == T else core.cells(G, c0, C, lengths, reverse, every(T))  # type: ignore[misc]
             steps = (y, c, G)
         elif k1:
@@ -117,7 +129,7 @@ def backward_operator(core: Core) -> Opaque:
             kept = kept_by_forward(job, pieces, h0, c0, H, C, G)
             dx, dw = torch.empty_like(x) if wants.x else None, [None] * 5
             dh, dc = behind(job, pieces, 0, kept, dy, None, dcn, wants, dx, dw)
-            return _in_order(x, need, (dx, dh, dc, dw))
+            return dx, dh, dc, dw
         if k1:
             dx, dh, dc, dw = torch.zeros_like(x) if wants.x else None, None, None, [None] * 5
             group = math.isqrt(-(-T // k1))  # what is copied for the windows is a small part of the whole
@@ -125,14 +137,14 @@ def backward_operator(core: Core) -> Opaque:
                 part, h, c, more = through_windows(job, wants, True, w, h0, c0, steps, dy, dcn)
                 dx = None if dx is None else w.put(part, dx)
                 dh, dc, dw = added(dh, h), added(dc, c), list(map(added, dw, more))
-            return _in_order(x, need, (dx, dh, of_empty(dc, dcn, lengths), dw))
-        return _in_order(x, need, go_back(job, wants, True, 0, T, h0, c0, steps, dy, None, dcn))
+            return dx, dh, of_empty(dc, dcn, lengths), dw
+        return go_back(job, wants, True, 0, T, h0, c0, steps, dy, None, dcn)
 
-    def fake(dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, y, H, C, G, need, reverse, memory, k1, k2, p, cut):
+    def fake(dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, y, H, C, G, need, reverse, memory, k1, k2, p, cut, record):
         return tuple(x.new_empty(t.shape if n else (0,)) for t, n in zip((x, h0, c0, wi, wh, b, bh, wr), need))
 
     def second(cotangents, need, *args):
-        dy, dcn, x, h0, c0, *weights, lengths, s, _, _, _, _, asked, reverse, _, k1, _, _, cut = args
+        dy, dcn, x, h0, c0, *weights, lengths, s, _, _, _, _, asked, reverse, _, k1, _, _, cut, _ = args
         v = [c if a else None for c, a in zip(cotangents, asked)]
         if not symmetric(s, k1, cut) or any(need[2 + PARTS :]) or all(t is None for t in v) or not x.shape[0]:
             return NotImplemented
@@ -141,14 +153,14 @@ def backward_operator(core: Core) -> Opaque:
         return [*(g if n else None for g, n in zip(found, need)), *[None] * (len(need) - 2 - PARTS)]
 
     def push(tangents, *args):
-        dy, dcn, s, k1, cut, asked = args[0], args[1], args[11], args[-4], args[-1], args[16]
+        dy, dcn, s, k1, cut, asked = args[0], args[1], args[11], args[-5], args[-2], args[16]
         ddy, ddcn, *others = tangents[: 2 + PARTS]
         if not symmetric(s, k1, cut):
             return NotImplemented
         out = None
         if ddy is not None or ddcn is not None:
             zero = torch.zeros_like(dcn) if ddcn is None and dcn is not None else ddcn
-            out = again(torch.zeros_like(dy) if ddy is None and dy is not None else ddy, zero, *args[2:])
+            out = again(torch.zeros_like(dy) if ddy is None and dy is not None else ddy, zero, *args[2:-1], 0)
         if any(t is not None for t in others):
             need = [False, False, *asked, *(False,) * 6]
             more = again.vjp(others, need, *args[:16], [t is not None for t in others], *args[17:])[2 : 2 + PARTS]
@@ -208,7 +220,7 @@ def both(core: Core) -> tuple[Pair, Pair]:
     """Forward and backward of the two rules of a cell, its y kept or not. Makes the operator."""
     again = backward_operator(core)
 
-    def forward_y(x, h0, c0, wi, wh, b, bh, wr, lengths, s, reverse, save, k1, k2, p, cut):
+    def forward_y(x, h0, c0, wi, wh, b, bh, wr, lengths, s, reverse, save, k1, k2, p, cut, record):
         T, pre = x.shape[0], F.linear(within(x, lengths), wi, b)
         y, c, G = core.node(pre, h0, c0, wh, bh, wr, lengths, reverse, save == "gates")
         G = x.new_empty(0) if G is None or save != "gates" else G
@@ -224,23 +236,25 @@ def both(core: Core) -> tuple[Pair, Pair]:
             c = some
         return y, cn, c, G
 
-    def forward_plan(x, h0, c0, wi, wh, b, bh, wr, lengths, s, reverse, memory, k1, k2, p, cut):
+    def forward_plan(x, h0, c0, wi, wh, b, bh, wr, lengths, s, reverse, memory, k1, k2, p, cut, record):
         y, cn, H, C, G = run_plan(core, x, h0, c0, wi, wh, b, bh, wr, lengths, reverse, memory)
         return y, x.new_empty(0) if cn is None else cn, H, C, G
 
-    def grads(dy, dcn, inputs, y, H, C, G, reverse, memory, k1, k2, p, cut, need):
+    def grads(dy, dcn, inputs, y, H, C, G, reverse, memory, k1, k2, p, cut, record, need):
         need = list(need[:PARTS])
         dcn = None if inputs[2] is None else dcn
-        out = again(dy, dcn, *inputs, y, H, C, G, need, reverse, memory, k1, k2, p, cut)
+        out = again(dy, dcn, *inputs, y, H, C, G, need, reverse, memory, k1, k2, p, cut, key_of(record))
         return *(g if n else None for g, n in zip(out, need)), None, None
 
-    def backward_y(dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, y, C, G, reverse, k1, k2, p, cut, need):
+    def backward_y(dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, y, C, G, reverse, k1, k2, p, cut, record, need):
         inputs = (x, h0, c0, wi, wh, b, bh, wr, lengths, s)
-        return grads(dy, dcn, inputs, y.detach(), G.new_empty(0), C, G, reverse, -1, k1, k2, p, cut, need)
+        return grads(dy, dcn, inputs, y.detach(), G.new_empty(0), C, G, reverse, -1, k1, k2, p, cut, record, need)
 
-    def backward_plan(dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, H, C, G, reverse, memory, k1, k2, p, cut, need):
+    def backward_plan(
+        dy, dcn, x, h0, c0, wi, wh, b, bh, wr, lengths, s, H, C, G, reverse, memory, k1, k2, p, cut, record, need
+    ):
         inputs = (x, h0, c0, wi, wh, b, bh, wr, lengths, s)
-        return grads(dy, dcn, inputs, None, H, C, G, reverse, memory, k1, k2, p, cut, need)
+        return grads(dy, dcn, inputs, None, H, C, G, reverse, memory, k1, k2, p, cut, record, need)
 
     return Pair(forward_y, backward_y), Pair(forward_plan, backward_plan)
 
@@ -290,11 +304,11 @@ class Way:
             raise ValueError(f"{op.name}: resets and truncate={truncate!r} do not go together")
         self.seeds = seeds_of(truncate, weights[0], n) if there and drawn else []
 
-    def run(self, reverse: bool, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(self, reverse: bool, record: Recorder | int, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         """One layer in one direction, of x h0 c0 wi wh b bh wr lengths: y and the last cell."""
         planned = not isinstance(self.save, str) or self.save == "segments"
         kept = (0 if self.save == "segments" else self.save) if planned else self.save
         rule = self.made.planned if planned else self.made.kept_y
-        args = (*inputs, self.seeds.pop(0) if self.seeds else None, reverse, kept, *self.how)
+        args = (*inputs, self.seeds.pop(0) if self.seeds else None, reverse, kept, *self.how, record)
         y, cn, *_ = rule(*args, backend=self.op.pick(rule, self.backend, *args))
         return y, cn

@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
+from bptoolkit.grad_norms import KeepsGradNorms, Kept, key_of, recorders
 from bptoolkit.op import Op
 from bptoolkit.ops import recurrent_reference
 from bptoolkit.ops.bptt_run import Way
@@ -48,27 +49,27 @@ from bptoolkit.ops.recurrent import (
 # --- the rules ------------------------------------------------------------------------------------------------------------
 
 
-def forward_gates(x, h0, wi, wh, b, bh, lengths, reverse):
+def forward_gates(x, h0, wi, wh, b, bh, lengths, reverse, record):
     pre = F.linear(within(x, lengths), wi, b)  # T B 3H: the product with x is one for all steps
     return LOOP(pre, h0, wh, None if bh is None else bh.unsqueeze(0), lengths, reverse, True)
 
 
-def forward_outputs(x, h0, wi, wh, b, bh, lengths, reverse):
+def forward_outputs(x, h0, wi, wh, b, bh, lengths, reverse, record):
     pre = F.linear(within(x, lengths), wi, b)  # T B 3H
     return LOOP(pre, h0, wh, None if bh is None else bh.unsqueeze(0), lengths, reverse, False)[0]
 
 
-def backward_gates(dy, dG, x, h0, wi, wh, lengths, reverse, y, G, need):
+def backward_gates(dy, dG, x, h0, wi, wh, lengths, reverse, record, y, G, need):
     dy, dG, x = (within(t, lengths) for t in (dy, dG, x))
-    da, dh0 = BPTT(dy, dG, G, y, h0, wh, lengths, None, reverse, False)  # T B 4H, B H
+    da, dh0 = BPTT(dy, dG, G, y, h0, wh, lengths, None, reverse, False, key_of(record))  # T B 4H, B H
     dx, dwi, dwh, db, dbh = products(need, da, x, before(h0, y, lengths, reverse) if need.wh else None, wi)
     return dx, dh0, dwi, dwh, db, dbh, None
 
 
-def backward_outputs(dy, x, h0, wi, wh, b, bh, lengths, reverse, y, need):
+def backward_outputs(dy, x, h0, wi, wh, b, bh, lengths, reverse, record, y, need):
     x = within(x, lengths)
     G = gates(x, before(h0, y, lengths, reverse), wi, wh, b, bh)  # T B 4H
-    return backward_gates(dy, None, x, h0, wi, wh, lengths, reverse, y, within(G, lengths), need)
+    return backward_gates(dy, None, x, h0, wi, wh, lengths, reverse, record, y, within(G, lengths), need)
 
 
 def _gates_kernel():
@@ -115,6 +116,7 @@ def gru(
     resets: Tensor | None = None,
     save: str | int = "gates",
     truncate: Any = None,
+    grad_norms: Callable[[int, Tensor], Any] | Kept | None = None,
     backend: str = "auto",
 ) -> tuple[Any, Tensor]:
     """A whole sequence through a GRU, as `torch.nn.GRU`; H hidden, L layers, D directions.
@@ -139,6 +141,10 @@ def gru(
             steps, to the beginning of the window that ends with them; k, (k, k); "eprop", through z h only, not the products
             with weight_hh; ARTBP(p), cut at random, without bias. Losses count once, and the states are those of the forward.
             With "segments" or a number of bytes, k and (k1, k2) run the whole sequence again at once.
+        grad_norms: a function that backward calls with (k, norms) for each layer and direction k = layer·D + direction that it
+            goes through, as soon as it has; norms (T,), float64, has at each step the norm of the gradient that the step sends
+            back to the state it started from (h), over all rows that take it. If truncated, from the window that owns
+            the step. For a module, or inside torch.compile: `keep_grad_norms()`.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
@@ -147,29 +153,31 @@ def gru(
     Raises:
         ValueError: shapes, lengths, resets or devices disagree, an option is out of range, resets cannot be read, or the named
             backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx, lengths or resets is no such tensor.
+        TypeError: the tensors are not of one floating-point dtype, or hx, lengths or resets is no such tensor;
+            grad_norms is no function, or is called inside torch.compile.
     """
     way = Way(OP, MADE, save, truncate, backend, weights, num_layers * (1 + bidirectional), resets)
+    records = recorders(OP.name, grad_norms, num_layers * (1 + bidirectional))
     rule = GATES if save == "gates" and torch.is_grad_enabled() else OUTPUTS
 
-    def cell(x, start, ws, lengths, reverse):
+    def cell(x, start, ws, lengths, reverse, record):
         (h0,) = start
         b, bh = (ws[2], ws[3]) if bias else (None, None)
         if not way.own:
-            y, _ = way.run(reverse, x, h0, None, ws[0], ws[1], b, bh, None, lengths)
+            y, _ = way.run(reverse, record, x, h0, None, ws[0], ws[1], b, bh, None, lengths)
             return y, (last(h0, y, lengths, reverse),)
-        args = (x, h0, ws[0], ws[1], b, bh, lengths, reverse)
+        args = (x, h0, ws[0], ws[1], b, bh, lengths, reverse, record)
         out = rule(*args, backend=OP.pick(rule, backend, *args))
         y = out if isinstance(out, Tensor) else out[0]
         return y, (last(h0, y, lengths, reverse),)
 
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
-    output, (h,) = sequence(OP, cell, 3, ("h_0",), input, hx, weights, layout, lengths, True, resets)
+    output, (h,) = sequence(OP, cell, 3, ("h_0",), input, hx, weights, layout, lengths, True, resets, records)
     return output, h
 
 
-class GRU(nn.GRU):
-    """`torch.nn.GRU` with the backward above; same parameters, state_dict and arguments, and `lengths`."""
+class GRU(KeepsGradNorms, nn.GRU):
+    """`torch.nn.GRU` with the backward above; same parameters, state_dict and arguments, `lengths` and `resets`."""
 
     backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
     save: str | int = "gates"  # these two as in `gru`

@@ -13,11 +13,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bptoolkit import grad_norms
+from bptoolkit.grad_norms import recorded
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops.bptt import slack
 from bptoolkit.ops.bptt_pieces import Core
 from bptoolkit.ops.bptt_run import rules
-from bptoolkit.ops.recurrent import CHUNK, before, carry, each, folded, order, over_time, valid, within
+from bptoolkit.ops.linear_recurrence import loop_fast as recurrence
+from bptoolkit.ops.recurrent import (
+    CHUNK,
+    back,
+    before,
+    carry,
+    each,
+    folded,
+    next_sends,
+    order,
+    over_time,
+    valid,
+    within,
+)
+from bptoolkit.precision import wide
 
 # --- the loops ------------------------------------------------------------------------------------------------------------
 
@@ -88,6 +104,7 @@ def bptt(
     xi: Tensor | None,
     reverse: bool,
     cut: bool,
+    record: int,
 ) -> tuple[Tensor, Tensor]:
     """The gradients da and dh0 from the cotangents of y and G, which are zero past a row's length."""
     T, hp = G.shape[-3], slack(before(h0, y, lengths, reverse), xi)
@@ -113,10 +130,10 @@ def bptt(
     return torch.stack(das, -3), dh
 
 
-def bptt_fast(dy, dG, G, y, h0, wh, lengths, xi, reverse, cut):
+def bptt_fast(dy, dG, G, y, h0, wh, lengths, xi, reverse, cut, record):
     """`bptt` in place, without *V. The local derivatives are made for a few steps at a time, so that they stay in cache."""
     if dG is not None or dy is None:  # second order only
-        return bptt(dy, dG, G, y, h0, wh, lengths, xi, reverse, cut)
+        return bptt(dy, dG, G, y, h0, wh, lengths, xi, reverse, cut, record)
     T, B, H = y.shape
     da, dh, dys = G.new_empty(G.shape), torch.zeros_like(h0), dy.unbind(0)
     all4, rzq, z = da.unflatten(-1, (4, H)).unbind(0), da[..., H:].unbind(0), G[..., H : 2 * H].unbind(0)
@@ -160,12 +177,23 @@ def _local(A: Tensor, g: Tensor, hp: Tensor) -> None:
     kz.mul_(z).mul_(u)  # (hₜ₋₁ - n) z (1-z)
 
 
-def bptt_fake(dy, dG, G, y, h0, wh, lengths, xi, reverse, cut):
+def squares(da, dy, dG, G, y, h0, wh, lengths, xi, reverse, cut, recur=recurrence):
+    """The squares of what each row sends back, after the loop that made da: *V T B."""
+    H = h0.shape[-1]
+    z, through = G[..., H : 2 * H], torch.zeros_like(y) if cut else back(da[..., H:], wh)  # *V T B H
+    z, through = (wide(t if xi is None else t * xi) for t in (z, through))
+    u = next_sends(through, reverse)
+    # dhₜ = dyₜ + Whᵀ [da_r da_z dq]ₜ₊₁ + zₜ₊₁ dhₜ₊₁ is a recurrence of its own
+    dh = recur(next_sends(z, reverse), u if dy is None else u + dy, torch.zeros_like(u[..., 0, :, :]), not reverse, False)
+    return grad_norms.squares(None if lengths is None else valid(y.shape[-3], lengths), through + dh * z)
+
+
+def bptt_fake(dy, dG, G, y, h0, wh, lengths, xi, reverse, cut, record):
     return G.new_empty(G.shape), G.new_empty(h0.shape)
 
 
 LOOP = Opaque("gru_loop", loop, loop_fake, vmap="leading", fast=folded("tbwwl", loop_fast, loop))
-BPTT = Opaque("gru_bptt", bptt, bptt_fake, vmap="leading", fast=folded("ttttbwlt", bptt_fast, bptt))
+BPTT = Opaque("gru_bptt", bptt, bptt_fake, vmap="leading", fast=recorded(folded("ttttbwlt", bptt_fast, bptt), squares))
 
 # --- over all steps ---------------------------------------------------------------------------------------------------------
 
@@ -209,11 +237,15 @@ def _node(pre, h0, c0, wh, bh, wr, lengths, reverse, keep):
 
 
 def _back(fast, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut):
-    return *(bptt_fast if fast else bptt)(dy, None, G, y, h0, wh, lengths, xi, reverse, cut), None
+    return *(bptt_fast if fast else bptt)(dy, None, G, y, h0, wh, lengths, xi, reverse, cut, 0), None
+
+
+def _squares(da, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut):
+    return squares(da, dy, None, G, y, h0, wh, lengths, xi, reverse, cut)
 
 
 def _products(need, dy, da, x, hp, c, G, wi, wh, wr, xi, reverse, cut):
     return *products(need, da, x, hp, wi), None
 
 
-MADE = rules(Core("gru", "gru", _loop, _fast, _node, _back, _products, gates))
+MADE = rules(Core("gru", "gru", _loop, _fast, _node, _back, _squares, _products, gates))

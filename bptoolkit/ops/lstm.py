@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
+from bptoolkit.grad_norms import KeepsGradNorms, Kept, key_of, recorders
 from bptoolkit.op import LOW, Op
 from bptoolkit.ops import recurrent_reference
 from bptoolkit.ops.bptt_run import Way
@@ -47,28 +48,28 @@ from bptoolkit.ops.recurrent import (
 # --- the rules ------------------------------------------------------------------------------------------------------------
 
 
-def forward_gates(x, h0, c0, wi, wh, b, wr, lengths, reverse):
+def forward_gates(x, h0, c0, wi, wh, b, wr, lengths, reverse, record):
     pre = F.linear(within(x, lengths), wi, b)  # T B 4H: the product with x is one for all steps
     return LOOP(pre, h0, c0, wh, wr, lengths, reverse, True)
 
 
-def forward_outputs(x, h0, c0, wi, wh, b, wr, lengths, reverse):
+def forward_outputs(x, h0, c0, wi, wh, b, wr, lengths, reverse, record):
     pre = F.linear(within(x, lengths), wi, b)  # T B 4H
     return LOOP(pre, h0, c0, wh, wr, lengths, reverse, False)[:2]
 
 
-def backward_gates(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, G, need):
+def backward_gates(dy, dc, dG, x, h0, c0, wi, wh, wr, lengths, reverse, record, y, c, G, need):
     dy, dc, dG, x = (within(t, lengths) for t in (dy, dc, dG, x))
-    da, dh0, dc0 = BPTT(dy, dc, dG, G, c, c0, wh, wr, lengths, None, reverse, False)  # T B 4H, B P, B H
+    da, dh0, dc0 = BPTT(dy, dc, dG, G, c, c0, wh, wr, lengths, None, reverse, False, key_of(record))  # T B 4H, B P, B H
     hp = before(h0, y, lengths, reverse) if need.wh else None
     dx, dwi, dwh, db, _, dwr = products(need, dy, da, x, hp, c, G, wi, wh, wr, None, reverse, False)
     return dx, dh0, dc0, dwi, dwh, db, dwr, None
 
 
-def backward_outputs(dy, dc, x, h0, c0, wi, wh, b, wr, lengths, reverse, y, c, need):
+def backward_outputs(dy, dc, x, h0, c0, wi, wh, b, wr, lengths, reverse, record, y, c, need):
     x = within(x, lengths)
     G = gates(x, before(h0, y, lengths, reverse), wi, wh, b)  # T B 4H
-    return backward_gates(dy, dc, None, x, h0, c0, wi, wh, wr, lengths, reverse, y, c, within(G, lengths), need)
+    return backward_gates(dy, dc, None, x, h0, c0, wi, wh, wr, lengths, reverse, record, y, c, within(G, lengths), need)
 
 
 def _gates_kernel():
@@ -117,6 +118,7 @@ def lstm(
     resets: Tensor | None = None,
     save: str | int = "gates",
     truncate: Any = None,
+    grad_norms: Callable[[int, Tensor], Any] | Kept | None = None,
     backend: str = "auto",
 ) -> tuple[Any, tuple[Tensor, Tensor]]:
     """A whole sequence through an LSTM, as `torch.nn.LSTM`; H hidden, P = proj_size or H, L layers, D directions.
@@ -142,6 +144,10 @@ def lstm(
             steps, to the beginning of the window that ends with them; k, (k, k); "eprop", c only, not the products with
             weight_hh; ARTBP(p), cut at random, without bias. Losses count once, and the states are those of the forward pass.
             With "segments" or a number of bytes, k and (k1, k2) run the whole sequence again at once.
+        grad_norms: a function that backward calls with (k, norms) for each layer and direction k = layer·D + direction that it
+            goes through, as soon as it has; norms (T,), float64, has at each step the norm of the gradient that the step sends
+            back to the state it started from (h and c), over all rows that take it. If truncated, from the window that owns
+            the step. For a module, or inside torch.compile: `keep_grad_norms()`.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
@@ -150,33 +156,35 @@ def lstm(
     Raises:
         ValueError: shapes, lengths, resets or devices disagree, an option is out of range, resets cannot be read, or the named
             backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx, lengths or resets is no such tensor.
+        TypeError: the tensors are not of one floating-point dtype, or hx, lengths or resets is no such tensor;
+            grad_norms is no function, or is called inside torch.compile.
     """
     way = Way(OP, MADE, save, truncate, backend, weights, num_layers * (1 + bidirectional), resets)
+    records = recorders(OP.name, grad_norms, num_layers * (1 + bidirectional))
     rule = GATES if save == "gates" and torch.is_grad_enabled() else OUTPUTS
 
-    def cell(x, start, ws, lengths, reverse):
+    def cell(x, start, ws, lengths, reverse, record):
         h0, c0 = start
         b, wr = ws[2] + ws[3] if bias else None, ws[-1] if proj_size else None
         if not way.own:
-            y, cn = way.run(reverse, x, h0, c0, ws[0], ws[1], b, None, wr, lengths)
+            y, cn = way.run(reverse, record, x, h0, c0, ws[0], ws[1], b, None, wr, lengths)
             return y, (last(h0, y, lengths, reverse), cn)
-        args = (x, h0, c0, ws[0], ws[1], b, wr, lengths, reverse)
+        args = (x, h0, c0, ws[0], ws[1], b, wr, lengths, reverse, record)
         y, c, *_ = rule(*args, backend=OP.pick(rule, backend, *args))
         return y, (last(h0, y, lengths, reverse), last(c0, c, lengths, reverse))
 
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0, proj_size)
     packed = isinstance(input, PackedSequence)
     output, (h, c) = sequence(
-        OP, cell, 4, ("h_0", "c_0"), input, hx, weights, layout, lengths, packed and not proj_size, resets
+        OP, cell, 4, ("h_0", "c_0"), input, hx, weights, layout, lengths, packed and not proj_size, resets, records
     )
     if proj_size and c.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # torch's keeps the cell's dtype there
         c = c.to(hx[1].dtype if hx is not None else input.data.dtype)
     return output, (h, c)
 
 
-class LSTM(nn.LSTM):
-    """`torch.nn.LSTM` with the backward above; same parameters, state_dict and arguments, and `lengths`."""
+class LSTM(KeepsGradNorms, nn.LSTM):
+    """`torch.nn.LSTM` with the backward above; same parameters, state_dict and arguments, `lengths` and `resets`."""
 
     backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
     save: str | int = "gates"  # these two as in `lstm`

@@ -10,12 +10,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bptoolkit import grad_norms
 from bptoolkit.function import unwatched
+from bptoolkit.grad_norms import recorded
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops.bptt import slack
 from bptoolkit.ops.bptt_pieces import Core
 from bptoolkit.ops.bptt_run import rules
-from bptoolkit.ops.recurrent import CHUNK, before, carry, each, folded, order, over_time, valid, within
+from bptoolkit.ops.linear_recurrence import loop_fast as recurrence
+from bptoolkit.ops.recurrent import (
+    CHUNK,
+    back,
+    before,
+    carry,
+    each,
+    folded,
+    next_sends,
+    order,
+    over_time,
+    valid,
+    within,
+)
+from bptoolkit.precision import wide
 
 # --- the loops ------------------------------------------------------------------------------------------------------------
 
@@ -95,6 +111,7 @@ def bptt(
     xi: Tensor | None,
     reverse: bool,
     cut: bool,
+    record: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients da, dh0 and dc0 from the cotangents of y, c and the gates; past a row's length all are zero."""
     T = G.shape[-3]
@@ -124,10 +141,10 @@ def bptt(
     return torch.stack(das, -3), dh, dct
 
 
-def bptt_fast(dy, dc, dG, G, c, c0, wh, wr, lengths, xi, reverse, cut):
+def bptt_fast(dy, dc, dG, G, c, c0, wh, wr, lengths, xi, reverse, cut, record):
     """`bptt` in place, without *V. The local derivatives are made for a few steps at a time, so that they stay in cache."""
     if dG is not None:  # second order only
-        return bptt(dy, dc, dG, G, c, c0, wh, wr, lengths, xi, reverse, cut)
+        return bptt(dy, dc, dG, G, c, c0, wh, wr, lengths, xi, reverse, cut, record)
     T, B, H = c.shape
     da, dct, dh = G.new_empty(G.shape), c.new_zeros(B, H), c.new_zeros(B, wh.shape[-1])
     dht, dm = torch.empty_like(dh), torch.empty_like(dct)
@@ -180,12 +197,25 @@ def _local(A: Tensor, gates: Tensor, c: Tensor, cp: Tensor) -> Tensor:
     return torch.addcmul(o, u, tc, value=-1)  # o (1-tanh² c)
 
 
-def bptt_fake(dy, dc, dG, G, c, c0, wh, wr, lengths, xi, reverse, cut):
+def squares(da, dy, dc, dG, G, c, c0, wh, wr, lengths, xi, reverse, cut, recur=recurrence):
+    """The squares of what each row sends back, dh and dc, after the loop that made da: *V T B."""
+    _, f, _, o = G.chunk(4, -1)
+    sent, tc = sent_back(da, wh, xi, cut), c.tanh()
+    dht = whole_dh(dy, sent, reverse)
+    u = (dht if wr is None else back(dht, wr)) * (o * (1 - tc * tc))
+    u = wide(u if dc is None else u + dc)
+    f = wide(f if xi is None else f * xi)
+    # dcₜ = uₜ + fₜ₊₁ dcₜ₊₁ is a recurrence of its own
+    dc = recur(next_sends(f, reverse), u, torch.zeros_like(u[..., 0, :, :]), not reverse, False)
+    return grad_norms.squares(None if lengths is None else valid(c.shape[-3], lengths), sent, dc * f)
+
+
+def bptt_fake(dy, dc, dG, G, c, c0, wh, wr, lengths, xi, reverse, cut, record):
     return G.new_empty(G.shape), G.new_empty(*c0.shape[:-1], wh.shape[-1]), G.new_empty(c0.shape)
 
 
 LOOP = Opaque("lstm_loop", loop, loop_fake, vmap="leading", fast=folded("tbbwwl", loop_fast, loop))
-BPTT = Opaque("lstm_bptt", bptt, bptt_fake, vmap="leading", fast=folded("tttttbwwlt", bptt_fast, bptt))
+BPTT = Opaque("lstm_bptt", bptt, bptt_fake, vmap="leading", fast=recorded(folded("tttttbwwlt", bptt_fast, bptt), squares))
 
 # --- over all steps ---------------------------------------------------------------------------------------------------------
 
@@ -204,13 +234,15 @@ def gates(x, hp, wi, wh, b, bh=None):
     return torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], -1)
 
 
-def whole_dh(dy, da, wh, xi, reverse, cut):
+def sent_back(da, wh, xi, cut):
+    """What each step sends back to hₜ₋₁: *V T B P."""
+    sent = da.new_zeros(*da.shape[:-1], wh.shape[-1]) if cut else back(da, wh)
+    return sent if xi is None else sent * xi
+
+
+def whole_dh(dy, sent, reverse):
     """The whole gradient of each hₜ: dyₜ, and what step t+1 sends back."""
-    if cut:
-        return dy
-    sent = da @ wh if xi is None else (da @ wh) * xi  # T B P
-    none = torch.zeros_like(sent[:1])
-    dh = torch.cat([none, sent[:-1]] if reverse else [sent[1:], none])
+    dh = next_sends(sent, reverse)
     return dh if dy is None else dh + dy
 
 
@@ -220,7 +252,7 @@ def products(need, dy, da, x, hp, c, G, wi, wh, wr, xi, reverse, cut):
     dwi = over_time(da, x) if need.wi else None  # 4H I
     dwh = over_time(da, hp) if need.wh else None  # 4H P
     db = da.sum((0, 1)) if need.b else None  # 4H
-    dwr = over_time(whole_dh(dy, da, wh, xi, reverse, cut), G.chunk(4, -1)[3] * c.tanh()) if need.wr else None  # P H
+    dwr = over_time(whole_dh(dy, sent_back(da, wh, xi, cut), reverse), G.chunk(4, -1)[3] * c.tanh()) if need.wr else None  # P H
     return dx, dwi, dwh, db, None, dwr
 
 
@@ -260,7 +292,11 @@ def _node(pre, h0, c0, wh, bh, wr, lengths, reverse, keep):
 
 
 def _back(fast, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut):
-    return (bptt_fast if fast else bptt)(dy, dc, None, G, c, c0, wh, wr, lengths, xi, reverse, cut)
+    return (bptt_fast if fast else bptt)(dy, dc, None, G, c, c0, wh, wr, lengths, xi, reverse, cut, 0)
 
 
-MADE = rules(Core("lstm", "lstm", _loop, _fast, _node, _back, products, gates, cells))
+def _squares(da, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut):
+    return squares(da, dy, dc, None, G, c, c0, wh, wr, lengths, xi, reverse, cut)
+
+
+MADE = rules(Core("lstm", "lstm", _loop, _fast, _node, _back, _squares, products, gates, cells))

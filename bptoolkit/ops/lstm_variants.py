@@ -79,7 +79,7 @@ def run(
     """What the three functions have in common: `sequence`, with a seed for each cell."""
     names, random = layout.names, training and any(rates)
 
-    def cell(x, start, ws, lengths, reverse):
+    def cell(x, start, ws, lengths, reverse, _):
         (h0, c0), of = start, dict(zip(names, ws))
         b = of["bias_ih"] + of["bias_hh"] if layout.bias else None
         further = [of.get(name) for name in (*PEEPHOLES, *NORMS)]

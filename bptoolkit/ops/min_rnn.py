@@ -218,7 +218,7 @@ def _sequence(
         raise ValueError(f"{op.name}: activation={activation!r} is not known; choose from {', '.join(map(repr, ACTIVATIONS))}")
     rule = GATES if save == "gates" and torch.is_grad_enabled() else OUTPUTS
 
-    def cell(x, start, ws, lengths, reverse):
+    def cell(x, start, ws, lengths, reverse, _):
         args = (x, *start, ws[0], ws[1] if layout.bias else None, lengths, reverse, op.name, activation)
         out = rule(*args, backend=op.pick(rule, backend, *args))
         h = out if isinstance(out, Tensor) else out[0]

@@ -74,6 +74,16 @@ def each(t: Tensor | None, T: int) -> Any:
     return [None] * T if t is None else t.unbind(-3)
 
 
+def next_sends(sent: Tensor, reverse: bool) -> Tensor:
+    """What the step after each sends back to it, from what each step sends back; zero at the last: *V T B ·."""
+    return before(torch.zeros_like(sent[..., 0, :, :]), sent, None, not reverse)
+
+
+def back(da: Tensor, wh: Tensor) -> Tensor:
+    """Through the recurrent weights, one product over all steps: *V T B N, *V N M -> *V T B M."""
+    return da @ (wh if wh.dim() == 2 else wh.unsqueeze(-3))
+
+
 def over_time(a: Tensor, b: Tensor) -> Tensor:
     """Σₜ Σ_b aₜ bₜᵀ, one product over all steps: T B M, T B N -> M N."""
     n = a.shape[0] * a.shape[1]
@@ -165,17 +175,20 @@ def sequence(
     lengths: Tensor | None,
     keep_state: bool = False,
     resets: Tensor | None = None,
+    records: Sequence[Any] | None = None,
 ) -> tuple[Any, tuple[Tensor, ...]]:
     """All layers and directions of a recurrent op, with everything torch's modules take.
 
     Args:
         op: the op, for its name and casts.
-        cell: one layer in one direction, `cell(x, states, weights, lengths, reverse) -> y, last states`.
+        cell: one layer in one direction, `cell(x, states, weights, lengths, reverse, record) -> y, last
+            states`.
         gates: how many blocks of H rows its weights have.
         states: the names of its states.
         input, hx, weights, lengths, resets: the arguments of the public function.
         layout: its options.
         keep_state: under autocast on the CPU, work in the dtype of the states; see `cast`.
+        records: who is given the norms of gradients of each layer and direction; see `grad_norms`.
 
     Returns:
         The output and the last states.
@@ -214,7 +227,7 @@ def sequence(
         for d in range(D):
             k = layer * D + d
             start = [x.new_zeros(x.shape[1], n) for _, n in zip(states, sizes)] if hx is None else [h[k] for h in hx]
-            y, ends = cell(x, start, weights[k * per : (k + 1) * per], lengths, d == 1)
+            y, ends = cell(x, start, weights[k * per : (k + 1) * per], lengths, d == 1, records[k] if records else 0)
             outputs.append(y)
             for f, e in zip(finals, ends):
                 f.append(e)
@@ -370,4 +383,4 @@ def options_of(module: torch.nn.RNNBase) -> dict[str, Any]:
     names = ("num_layers", "bidirectional", "batch_first", "bias", "training", "save", "truncate", "backend")
     # under dynamic=True a float read from a module costs a second compilation, so it is read where it matters only
     dropout = module.dropout if module.training and module.num_layers > 1 else 0.0
-    return {"dropout": dropout, **{name: getattr(module, name) for name in names}}
+    return {"dropout": dropout, "grad_norms": module._kept, **{name: getattr(module, name) for name in names}}

@@ -12,12 +12,15 @@ Letters   T steps, B rows; R runs; x, y: T B ·
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Cell = Callable[[Tensor, list[Tensor], Any, Tensor | None, bool], tuple[Tensor, tuple[Tensor, ...]]]
+from bptoolkit.grad_norms import Recorder, deliver, key_of
+
+Cell = Callable[[Tensor, list[Tensor], Any, Tensor | None, bool, Any], tuple[Tensor, tuple[Tensor, ...]]]
 
 
 def check_resets(op: str, resets: Any, x: Tensor, batched: bool, batch_first: bool) -> Tensor:
@@ -62,7 +65,8 @@ class Runs:
         ends = torch.full((self.B,), self.T, device=device) if lengths is None else lengths
         steps = torch.arange(self.T, device=device).unsqueeze(1)  # T 1
         begins = resets & (steps < ends)
-        self.fresh = begins[0].clone()  # B: the first state of the row is not used
+        self.begins = begins.clone()
+        self.fresh = self.begins[0]  # B: the first state of the row is not used
         begins[0] = True
         number = begins.mT.reshape(-1).cumsum(0).view(self.B, self.T).mT - 1  # T B: the run of each step, row after row
         b, t = begins.mT.nonzero().unbind(1)  # R: in this order too
@@ -94,20 +98,41 @@ class Runs:
         self.where = (place[number] + (steps - t[number]) * count[number]).reshape(-1).clamp(max=max(taken - 1, 0))
         self.there = (steps < ends).unsqueeze(-1)  # T B 1
 
+    def records(self, record: Any, reverse: bool) -> list[Any]:
+        """Who is given the norms of each group, and gives them on, in the places they have in T B, when it has all."""
+        if not record:
+            return [0] * len(self.groups)
+        found: dict[int, Tensor] = {}
+        begins = torch.cat([self.begins[1:], torch.zeros_like(self.begins[:1])]) if reverse else self.begins
+
+        def take(k: int, squares: Tensor) -> None:
+            if k in found:  # of a backward that went through some of them
+                found.clear()
+            found[k] = squares
+            if len(found) == len(self.groups):
+                whole = squares.new_zeros(self.T * self.B)
+                for j, g in enumerate(self.groups):
+                    whole.index_add_(0, g.steps, found[j].reshape(-1))  # zero past a run's end
+                found.clear()
+                whole = whole.view(self.T, self.B)
+                deliver(key_of(record), torch.where(begins, 0, whole))  # what is sent to a reset goes nowhere
+
+        return [Recorder(partial(take, k)) for k in range(len(self.groups))]
+
     def cell(self, cell: Cell) -> Cell:
         """The cell over whole rows, from one that runs each row from its start to its end."""
 
         def run(
-            x: Tensor, start: list[Tensor], weights: Any, lengths: Tensor | None, reverse: bool
+            x: Tensor, start: list[Tensor], weights: Any, lengths: Tensor | None, reverse: bool, record: Any
         ) -> tuple[Tensor, tuple[Tensor, ...]]:
             # backwards, the state that is given enters at a row's last step, and the state at its first is returned
             inside = self.is_last if reverse else self.is_first & ~self.fresh[self.row]
             flat, ys, ends = x.reshape(self.T * self.B, -1), [], []
-            for g in self.groups:
+            for g, part in zip(self.groups, self.records(record, reverse)):
                 rows, given = self.row[g.runs], inside[g.runs].unsqueeze(1)
                 states = [torch.where(given, s.index_select(0, rows), 0) for s in start]
                 some = flat.index_select(0, g.steps).view(g.t, len(g.runs), -1)
-                y, last = cell(some, states, weights, g.lengths, reverse)
+                y, last = cell(some, states, weights, g.lengths, reverse, part)
                 ys.append(y.reshape(g.t * len(g.runs), -1))
                 ends.append(last)
             y = torch.cat(ys).index_select(0, self.where).view(self.T, self.B, -1)

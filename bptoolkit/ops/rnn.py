@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from bptoolkit import grad_norms
 from bptoolkit.cases import Case, Draw
 from bptoolkit.function import Rule
+from bptoolkit.grad_norms import KeepsGradNorms, Kept, key_of, recorded, recorders
 from bptoolkit.op import LOW, Op
 from bptoolkit.opaque import Opaque
 from bptoolkit.ops import recurrent_reference
@@ -30,6 +32,7 @@ from bptoolkit.ops.bptt_pieces import Core
 from bptoolkit.ops.bptt_run import Way, rules
 from bptoolkit.ops.recurrent import (
     Layout,
+    back,
     before,
     carry,
     each,
@@ -89,6 +92,7 @@ def bptt(
     reverse: bool,
     nonlinearity: str,
     cut: bool,
+    record: int,
 ) -> tuple[Tensor, Tensor]:
     """The gradients da and dh0 from the cotangent of y, which is zero past a row's length."""
     T = y.shape[-3]
@@ -103,7 +107,7 @@ def bptt(
     return torch.stack(das, -3), dh
 
 
-def bptt_fast(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut):
+def bptt_fast(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut, record):
     """`bptt` in place, without *V."""
     T = len(y)
     if nonlinearity == "tanh":
@@ -128,24 +132,36 @@ def bptt_fast(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut):
     return da, dh if behind is None else behind @ wh
 
 
-def bptt_fake(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut):
+def squares(da, wh, lengths, xi, cut):
+    """The squares of what each row sends back, after the loop that made da: *V T B."""
+    sent = torch.zeros_like(da) if cut else back(da, wh)
+    there = None if lengths is None else valid(da.shape[-3], lengths)
+    return grad_norms.squares(there, sent if xi is None else sent * xi)
+
+
+def _squares_of(da, dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut):
+    return squares(da, wh, lengths, xi, cut)
+
+
+def bptt_fake(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut, record):
     return y.new_empty(y.shape), y.new_empty(h0.shape)
 
 
 LOOP = Opaque("rnn_loop", loop, loop_fake, vmap="leading", fast=folded("tbwl", loop_fast, loop))
-BPTT = Opaque("rnn_bptt", bptt, bptt_fake, vmap="leading", fast=folded("ttbwlt", bptt_fast, bptt))
+_fast_back = recorded(folded("ttbwlt", bptt_fast, bptt), _squares_of)
+BPTT = Opaque("rnn_bptt", bptt, bptt_fake, vmap="leading", fast=_fast_back)
 
 # --- the rule -------------------------------------------------------------------------------------------------------------
 
 
-def forward(x, h0, wi, wh, b, lengths, reverse, nonlinearity):
+def forward(x, h0, wi, wh, b, lengths, reverse, nonlinearity, record):
     pre = F.linear(within(x, lengths), wi, b)  # T B H: the product with x is one for all steps
     return LOOP(pre, h0, wh, lengths, reverse, nonlinearity)
 
 
-def backward(dy, x, h0, wi, wh, lengths, reverse, nonlinearity, y, need):
+def backward(dy, x, h0, wi, wh, lengths, reverse, nonlinearity, record, y, need):
     dy, x = within(dy, lengths), within(x, lengths)
-    da, dh0 = BPTT(dy, y, h0, wh, lengths, None, reverse, nonlinearity, False)  # T B H, B H
+    da, dh0 = BPTT(dy, y, h0, wh, lengths, None, reverse, nonlinearity, False, key_of(record))  # T B H, B H
     dx, dwi, dwh, db = products(need, da, x, before(h0, y, lengths, reverse) if need.wh else None, wi)
     return dx, dh0, dwi, dwh, db, None
 
@@ -193,12 +209,15 @@ def core(nonlinearity: str) -> Core:
         return LOOP(pre, h0, wh, lengths, reverse, nonlinearity), None, None
 
     def _back(fast, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut):
-        return *(bptt_fast if fast else bptt)(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut), None
+        return *(bptt_fast if fast else bptt)(dy, y, h0, wh, lengths, xi, reverse, nonlinearity, cut, 0), None
+
+    def _squares(da, dy, dc, G, y, c, h0, c0, wh, wr, lengths, xi, reverse, cut):
+        return squares(da, wh, lengths, xi, cut)
 
     def _products(need, dy, da, x, hp, c, G, wi, wh, wr, xi, reverse, cut):
         return *products(need, da, x, hp, wi), None, None
 
-    return Core(f"rnn_{nonlinearity}", "rnn", _loop, _fast, _node, _back, _products)
+    return Core(f"rnn_{nonlinearity}", "rnn", _loop, _fast, _node, _back, _squares, _products)
 
 
 MADE = {n: rules(core(n)) for n in ("tanh", "relu")}
@@ -222,6 +241,7 @@ def rnn(
     resets: Tensor | None = None,
     save: str | int = "gates",
     truncate: Any = None,
+    grad_norms: Callable[[int, Tensor], Any] | Kept | None = None,
     backend: str = "auto",
 ) -> tuple[Any, Tensor]:
     """A whole sequence through a simple recurrent network, as `torch.nn.RNN`; H hidden, L layers, D directions.
@@ -247,6 +267,10 @@ def rnn(
             steps, to the beginning of the window that ends with them; k, (k, k); "eprop", not at all; ARTBP(p), cut at random,
             without bias. Losses count once, and the states are those of the forward pass.
             With "segments" or a number of bytes, k and (k1, k2) run the whole sequence again at once.
+        grad_norms: a function that backward calls with (k, norms) for each layer and direction k = layer·D + direction that it
+            goes through, as soon as it has; norms (T,), float64, has at each step the norm of the gradient that the step sends
+            back to the state it started from (h), over all rows that take it. If truncated, from the window that owns
+            the step. For a module, or inside torch.compile: `keep_grad_norms()`.
         backend: "auto", "eager" or "triton"; see `bptoolkit.choose`.
 
     Returns:
@@ -255,28 +279,30 @@ def rnn(
     Raises:
         ValueError: shapes, lengths, resets or devices disagree, an option is out of range, resets cannot be read, or the named
             backend cannot run the call.
-        TypeError: the tensors are not of one floating-point dtype, or hx, lengths or resets is no such tensor.
+        TypeError: the tensors are not of one floating-point dtype, or hx, lengths or resets is no such tensor;
+            grad_norms is no function, or is called inside torch.compile.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity={nonlinearity!r} is not known; choose 'tanh' or 'relu'")
     way = Way(OP, MADE[nonlinearity], save, truncate, backend, weights, num_layers * (1 + bidirectional), resets)
+    records = recorders(OP.name, grad_norms, num_layers * (1 + bidirectional))
 
-    def cell(x, start, ws, lengths, reverse):
+    def cell(x, start, ws, lengths, reverse, record):
         (h0,), b = start, ws[2] + ws[3] if bias else None
         if not way.own:
-            y, _ = way.run(reverse, x, h0, None, ws[0], ws[1], b, None, None, lengths)
+            y, _ = way.run(reverse, record, x, h0, None, ws[0], ws[1], b, None, None, lengths)
             return y, (last(h0, y, lengths, reverse),)
-        args = (x, h0, ws[0], ws[1], b, lengths, reverse, nonlinearity)
+        args = (x, h0, ws[0], ws[1], b, lengths, reverse, nonlinearity, record)
         y = RULE(*args, backend=OP.pick(RULE, backend, *args))
         return y, (last(h0, y, lengths, reverse),)
 
     layout = Layout(num_layers, bidirectional, batch_first, bias, dropout if training else 0.0)
-    output, (h,) = sequence(OP, cell, 1, ("h_0",), input, hx, weights, layout, lengths, resets=resets)
+    output, (h,) = sequence(OP, cell, 1, ("h_0",), input, hx, weights, layout, lengths, resets=resets, records=records)
     return output, h
 
 
-class RNN(nn.RNN):
-    """`torch.nn.RNN` with the backward above; same parameters, state_dict and arguments, and `lengths`."""
+class RNN(KeepsGradNorms, nn.RNN):
+    """`torch.nn.RNN` with the backward above; same parameters, state_dict and arguments, `lengths` and `resets`."""
 
     backend: str = "auto"  # an instance may set its own; see `bptoolkit.swap`
     save: str | int = "gates"  # these two as in `rnn`

@@ -10,6 +10,7 @@ from recurring import Cell, drawn, each_path
 from torch.utils.flop_counter import FlopCounterMode
 
 from bptoolkit.ops.gru import GATES, OUTPUTS
+from bptoolkit.triton_kernels import recurrent
 
 GRU = Cell("gru", (GATES, OUTPUTS), 3, 1, biases=2)
 each_way = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -62,7 +63,7 @@ def test_dtypes(device, way, dtype):
 
 
 def test_paths_agree(device):
-    check.check_paths_agree(GRU, device, lambda: [*drawn(GRU, device, 5, 18, 2, 20), ragged(device, 5, 18), True])
+    check.check_paths_agree(GRU, device, lambda: [*drawn(GRU, device, 5, 18, 2, 20), ragged(device, 5, 18), True, 0])
 
 
 @pytest.mark.parametrize("save", ["gates", "outputs"])
@@ -81,11 +82,21 @@ def test_slices_in_half(device, way, dtype):
     check.check_slices_in_half(GRU, device, way, dtype)
 
 
+def test_persistent_on_cuda():
+    check.check_persistent_on_cuda(GRU)
+
+
+@pytest.mark.parametrize("way", recurrent.PATHS)
+@pytest.mark.parametrize("save", check.SAVES)
+def test_gradient_norms(device, monkeypatch, way, save):
+    check.check_gradient_norms(GRU, device, monkeypatch, way, save)
+
+
 def test_products_are_counted(device):
     """With x, and of each step: what the eager rule's are."""
     T, B, I, H = 3, 2, 5, 4
     args = [t.requires_grad_() for t in drawn(GRU, device, T, B, I, H)]
     with FlopCounterMode(display=False) as counter:
-        y, *_ = GATES(*args, None, False, backend="triton")
+        y, *_ = GATES(*args, None, False, 0, backend="triton")
         y.sum().backward()
     assert counter.get_total_flops() == 2 * T * B * 3 * H * (3 * I + 3 * H)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import recurring as check
 import torch
@@ -71,17 +68,23 @@ def test_dtypes(device, way, dtype):
 def test_an_output_that_nothing_flows_into(device, way, missing):
     with recurrent.forced(way):
         rule = GATES if way == "steps" else OUTPUTS
-        both_rules(rule, *drawn(LSTM, device, 3, 2, 2, 3), None, False, cotangents={missing: None, "dG": None}, errors=64)
+        both_rules(rule, *drawn(LSTM, device, 3, 2, 2, 3), None, False, 0, cotangents={missing: None, "dG": None}, errors=64)
 
 
 def test_paths_agree(device):
-    check.check_paths_agree(LSTM, device, lambda: [*drawn(LSTM, device, 5, 18, 2, 20), ragged(device, 5, 18), True])
+    check.check_paths_agree(LSTM, device, lambda: [*drawn(LSTM, device, 5, 18, 2, 20), ragged(device, 5, 18), True, 0])
 
 
 @pytest.mark.parametrize("save", ["gates", "outputs"])
 def test_second_order(device, save):
     """Which cuDNN refuses."""
     check.check_second_order(LSTM, device, save)
+
+
+@pytest.mark.parametrize("way", recurrent.PATHS)
+@pytest.mark.parametrize("save", check.SAVES)
+def test_gradient_norms(device, monkeypatch, way, save):
+    check.check_gradient_norms(LSTM, device, monkeypatch, way, save)
 
 
 # --- by slices ------------------------------------------------------------------------------------------------------------
@@ -98,48 +101,19 @@ def test_slices_in_half(device, way, dtype):
     check.check_slices_in_half(LSTM, device, way, dtype)
 
 
-WATCHED = """
-import torch
-from bptoolkit.functional import lstm
-from bptoolkit.triton_kernels import recurrent
-
-for H, B, dtype in ((1024, 64, torch.bfloat16), (1016, 70, torch.bfloat16), (256, 300, torch.float16), (120, 5, torch.float32)):
-    torch.manual_seed(0)
-    weights = [torch.randn(4 * H, n) * H**-0.5 for n in (64, H)] + [torch.randn(4 * H) * 0.1] * 2
-    leaves = [t.to("cuda", dtype).requires_grad_() for t in (torch.randn(50, B, 64), *weights)]
-    lengths = torch.arange(B, device="cuda") % 51
-    for save in ("gates", "outputs"):
-        found = []
-        for way in ("steps", "slices", "persistent", "persistent"):
-            with recurrent.forced(way):
-                y, (h, c) = lstm(leaves[0], None, leaves[1:], lengths=lengths, save=save, backend="triton")
-                found.append((y, h, c, *torch.autograd.grad(((y * y).sum() + c.sum()), leaves)))
-        for a, b in zip(found[2], found[3]):
-            assert torch.equal(a, b), "another run gives other bits"
-        for way in found[1:]:
-            for got, want in zip(way, found[0]):
-                error = float((got - want).float().norm() / want.float().norm())
-                assert error < (1e-4 if dtype == torch.float32 else 3e-2), (H, B, dtype, save, error)
-print("all arrived")
-"""
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs programs that run at a time")
 def test_persistent_on_cuda():
-    """Programs that wait for each other, in a process of their own: one that waits for ever is a failure, not a wait."""
-    done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and "all arrived" in done.stdout, done.stdout + done.stderr
+    check.check_persistent_on_cuda(LSTM)
 
 
 def test_slices_that_cannot_be(device):
-    args = (*drawn(LSTM, device, 2, 2, 2, 200), None, False)
+    args = (*drawn(LSTM, device, 2, 2, 2, 200), None, False, 0)
     with (
         recurrent.forced("persistent"),
         pytest.raises(ValueError, match=r"persistent path takes at most \d+ units of torch.float32"),
     ):
         GATES.kernel().forward(*args)
     if device == "cpu":
-        args = (*drawn(LSTM, device, 2, 2, 2, 17), None, False)
+        args = (*drawn(LSTM, device, 2, 2, 2, 17), None, False, 0)
         with recurrent.forced("persistent"), pytest.raises(ValueError, match="needs 2 programs at a time; this device runs 1"):
             GATES.kernel().forward(*args)
 
@@ -189,6 +163,6 @@ def test_products_are_counted(device):
     T, B, I, H = 3, 2, 5, 4
     args = [t if t is None else t.requires_grad_() for t in drawn(LSTM, device, T, B, I, H)[:6]]
     with FlopCounterMode(display=False) as counter:
-        y, *_ = GATES(*args, None, None, False, backend="triton")
+        y, *_ = GATES(*args, None, None, False, 0, backend="triton")
         y.sum().backward()
     assert counter.get_total_flops() == 2 * T * B * 4 * H * (3 * I + 3 * H)

@@ -10,8 +10,9 @@ from recurring import Cell, drawn, each_path
 from torch.utils.flop_counter import FlopCounterMode
 
 from bptoolkit.ops.rnn import RULE
+from bptoolkit.triton_kernels import recurrent
 
-CELLS = {name: Cell("rnn", (RULE,), 1, 1, options=(name,)) for name in ("tanh", "relu")}
+CELLS = {name: Cell("rnn", (RULE,), 1, 1, options=(name, 0)) for name in ("tanh", "relu")}
 TANH = CELLS["tanh"]
 each_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 each_way = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -89,10 +90,20 @@ def test_slices_in_half(device, way, dtype):
     check.check_slices_in_half(TANH, device, way, dtype)
 
 
+def test_persistent_on_cuda():
+    check.check_persistent_on_cuda(TANH)
+
+
+@pytest.mark.parametrize("way", recurrent.PATHS)
+@pytest.mark.parametrize("save", check.SAVES)
+def test_gradient_norms(device, monkeypatch, way, save):
+    check.check_gradient_norms(TANH, device, monkeypatch, way, save)
+
+
 def test_products_are_counted(device):
     """With x, and of each step: what the eager rule's are."""
     T, B, I, H = 3, 2, 5, 4
     args = [t.requires_grad_() for t in drawn(TANH, device, T, B, I, H)]
     with FlopCounterMode(display=False) as counter:
-        RULE(*args, None, False, "tanh", backend="triton").sum().backward()
+        RULE(*args, None, False, "tanh", 0, backend="triton").sum().backward()
     assert counter.get_total_flops() == 2 * T * B * H * (3 * I + 3 * H)
