@@ -27,6 +27,7 @@ import torch
 from torch.autograd import forward_ad
 
 from bptoolkit.choose import State, choose
+from bptoolkit.grad_norms import unrecorded
 from bptoolkit.transforms import (
     _legacy_batched,
     _transforms_active,
@@ -299,7 +300,7 @@ def _function(rule: Rule) -> type[torch.autograd.Function]:
                 return tuple(g for g, wanted in zip(grads if n > 1 else (grads,), need) if wanted)
 
             like = [ctx.like[k] for k in live]
-            with _Apart():
+            with _Apart(), unrecorded():
                 zeros = [torch.zeros(s, dtype=d, device=v) for s, d, v in like]
                 if push is not None:
                     pushed = push(tangents[:n], *arguments(zeros))

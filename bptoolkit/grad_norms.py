@@ -13,6 +13,7 @@ Source    Pascanu, Mikolov & Bengio 2013, on the norm of ∂ℓ/∂sₜ through 
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,8 +34,27 @@ class Recorder:
         _RECORDERS[self.key] = self
 
 
+class unrecorded:
+    """Inside, nobody is asking: forward mode runs backward too, at cotangents that are not the loss's."""
+
+    def __enter__(self) -> None:
+        self.before, _here.unrecorded = _here.unrecorded, True
+
+    def __exit__(self, *_: object) -> None:
+        _here.unrecorded = self.before
+
+
+class _Here(threading.local):
+    unrecorded = False
+
+
+_here = _Here()
+
+
 def key_of(record: Recorder | int) -> int:
     """The number of a recorder, which rules take as it is so that a graph holds it, or as its number."""
+    if _here.unrecorded:
+        return 0
     return record.key if isinstance(record, Recorder) else record
 
 

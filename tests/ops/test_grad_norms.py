@@ -241,6 +241,25 @@ def test_under_vmap(name):
 
 
 @each
+@pytest.mark.parametrize("save", ["gates", "outputs", "segments"])
+def test_forward_mode_is_no_backward(name, save):
+    """It runs backward's operators, but there is no loss whose gradient they would send."""
+    x, hx, ws = arguments(name)
+    seen = []
+
+    def value(x):
+        y = bp.OPS[name].call(x, hx, ws, save=save, grad_norms=lambda k, norms: seen.append(norms))[0]
+        return (y * y).sum()
+
+    torch.func.jvp(value, (x,), (x,))
+    assert not seen
+    torch.func.grad(value)(x)
+    torch.func.jvp(torch.func.grad(value), (x,), (x,))
+    assert len(seen) == 2
+    torch.testing.assert_close(*seen)
+
+
+@each
 def test_second_order_is_as_without(name):
     args = arguments(name)
     found = []
