@@ -138,12 +138,12 @@ def loops():
                 yield rnn.LOOP, ["T1", "b", "w1", ragged], (reverse, name)
             for xi, cut in ((None, False), (None, True), ("xi", False)):  # whole, without the products of h, ARTBP
                 for name in ("tanh", "relu"):
-                    yield rnn.BPTT, ["T1", "T1", "b", "w1", ragged], (xi, reverse, name, cut)
+                    yield rnn.BPTT, ["T1", "T1", "b", "w1", ragged], (xi, reverse, name, cut, 0)
                 for dc in ("T1", None):
-                    yield lstm_loops.BPTT, ["T1", dc, None, "T4", "T1", "b", "w4", None, ragged], (xi, reverse, cut)
-                    yield lstm_loops.BPTT, ["Tp", dc, None, "T4", "T1", "b", "w4p", "wr", ragged], (xi, reverse, cut)
-                yield lstm_loops.BPTT, [None, "T1", None, "T4", "T1", "b", "w4", None, ragged], (xi, reverse, cut)
-                yield gru_loops.BPTT, ["T1", None, "T4", "T1", "b", "w3", ragged], (xi, reverse, cut)
+                    yield lstm_loops.BPTT, ["T1", dc, None, "T4", "T1", "b", "w4", None, ragged], (xi, reverse, cut, 0)
+                    yield lstm_loops.BPTT, ["Tp", dc, None, "T4", "T1", "b", "w4p", "wr", ragged], (xi, reverse, cut, 0)
+                yield lstm_loops.BPTT, [None, "T1", None, "T4", "T1", "b", "w4", None, ragged], (xi, reverse, cut, 0)
+                yield gru_loops.BPTT, ["T1", None, "T4", "T1", "b", "w3", ragged], (xi, reverse, cut, 0)
 
 
 SHAPES = {"b": (B, H), "p": (B, P), "w1": (H, H), "w3": (3 * H, H), "w4": (4 * H, H), "w4p": (4 * H, P), "wr": (P, H)}
