@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bptoolkit.triton_kernels
+from bptoolkit.triton_kernels import spills
 
 
 class Target(NamedTuple):
@@ -103,6 +104,15 @@ def compile_for(spec: Spec, target: Target) -> Usage:
     Raises:
         triton.CompilationError and others: it does not compile.
     """
+    compiled = compiled_for(spec, target)
+    text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    counts = [len(re.findall(pattern, text, re.MULTILINE)) for pattern in _PATTERNS[target.backend]]
+    registers, spilled = _nvidia(compiled.asm["cubin"]) if target.backend == "cuda" else _amd(text)
+    return Usage(registers, spilled, compiled.metadata.shared, *counts)
+
+
+def compiled_for(spec: Spec, target: Target) -> Any:
+    """The compiled kernel, as Triton has it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -113,7 +123,7 @@ def compile_for(spec: Spec, target: Target) -> Usage:
         return (names.index(of[0]), of[1]) if isinstance(of, tuple) else (names.index(of),)
 
     constants = {of: v for of, v in spec.constants.items() if (of[0] if isinstance(of, tuple) else of) in names}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(
             fn=spec.kernel,
             signature={name: spec.types.get(name, "constexpr") for name in names},
@@ -123,16 +133,14 @@ def compile_for(spec: Spec, target: Target) -> Usage:
         target=GPUTarget(target.backend, target.arch, target.warp),
         options={"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True},
     )
-    text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-    counts = [len(re.findall(pattern, text, re.MULTILINE)) for pattern in _PATTERNS[target.backend]]
-    registers, spilled = _nvidia(compiled.asm["cubin"]) if target.backend == "cuda" else _amd(text)
-    return Usage(registers, spilled, compiled.metadata.shared, *counts)
 
 
 def problems(spec: Spec, target: Target, usage: Usage) -> list[str]:
     """What is wrong with a compiled kernel; nothing if it may ship."""
+    import triton
+
     found = []
-    if usage.spilled:
+    if usage.spilled > spills.known(spec.label, target.arch, triton.__version__):
         found.append(f"registers spill ({usage.spilled})")
     if usage.shared > target.shared:
         found.append(f"{usage.shared} bytes of shared memory, {target.shared} at most")
@@ -174,18 +182,24 @@ def _source(kernel: Any, seen: set[str]) -> str:
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, by Triton's own cuobjdump; spilled registers live on the stack."""
+    """Registers and bytes of stack; spilled registers live on the stack."""
+    said = cuobjdump(cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {said}")
+    return int(found[1]), int(found[2])
+
+
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """What Triton's own cuobjdump says of a kernel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout + out.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {out.stdout}{out.stderr}")
-    return int(found[1]), int(found[2])
+        out = subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True)
+    return out.stdout + out.stderr
 
 
 def _amd(text: str) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def tile(kernel: str, E: int, bytes: int, warp: int) -> Tile:
         warps = 8 if kernel == "columns" or (E > 64 and kernel in ("do", "v")) else 4
         return Tile(32 if E > 64 and kernel in ("do", "rows", "columns") else 64, 16, warps, 1)
     if warp == 64:
-        return Tile(32 if kernel in ("columns", "v") else 64, 32, 4, 1)
+        return Tile(32 if kernel in ("columns", "v") else 64, 16 if E > 64 and kernel == "rows" else 32, 4, 1)
     if E <= 64:
         return Tile(64, 32, 8, 2)
     return {"do": Tile(32, 32, 4, 2), "rows": Tile(32, 32, 8, 2)}.get(kernel, Tile(64, 16, 8, 2))

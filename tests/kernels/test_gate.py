@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import triton
 
-from bptoolkit.triton_kernels import aot, cli, norms
+from bptoolkit.triton_kernels import aot, cli, norms, spills
 from bptoolkit.triton_kernels import layer_norm as file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +28,35 @@ def record():
 def test_ahead_of_time(part, spec, record):
     """Compiles; no register spills, shared memory within the part's, loads of 16 bytes, a matrix instruction for a dot."""
     assert not aot.problems(spec, aot.TARGETS[part], record.usage(spec, part))
+
+
+KNOWN = [(part, spec) for part, spec in PARTS if aot.TARGETS[part].arch in spills.OF_3_6.get(spec.label, {})]
+
+
+def test_what_is_known_to_spill_is_there():
+    assert len(KNOWN) == sum(len(of) for of in spills.OF_3_6.values())
+    assert spills.known("softmax bf16 16384x4096", 100, "3.6.0") == 8
+    assert not any(spills.known(*of) for of in (("softmax bf16 16384x4096", 100, "3.9.0"), ("softmax", 90, "3.6.0")))
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="of another Triton nothing is known to spill")
+@pytest.mark.parametrize("part, spec", KNOWN, ids=[f"{spec.label} @ {part}" for part, spec in KNOWN])
+def test_what_spills_costs_little(part, spec):
+    """On NVIDIA's parts no store is in a loop, and what is loaded is not needed again: its last use. On AMD's nothing is in
+    memory: vector registers do not spill."""
+    target = aot.TARGETS[part]
+    compiled = aot.compiled_for(spec, target)
+    if target.backend == "hip":
+        assert re.search(r"\.vgpr_spill_count: +0\n", compiled.asm["amdgcn"])
+        return
+    code = aot.cuobjdump(compiled.asm["cubin"], "-sass")
+    lines = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
+    stores = [at for at, line in lines if re.search(r"\bSTL\b", line)]
+    loads = re.findall(r"\bLDL[.\w]*", code)
+    jumps = [(int(to[1], 16), at) for at, line in lines if (to := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", line))]
+    assert stores and loads and any(to < at for to, at in jumps)
+    assert not [at for at in stores for to, end in jumps if to <= at <= end]
+    assert all(".LU" in load for load in loads)
 
 
 def test_names_are_unique():
