@@ -75,9 +75,22 @@ def interpreted(f: Any) -> Any:
 
 @cache
 def _interpreted(f: Callable[..., Any]) -> Any:
-    from triton.runtime.interpreter import InterpretedFunction
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterError
 
-    return InterpretedFunction(f)
+    langs = [lang for lang in f.__globals__.values() if lang is tl or lang is tl.core]
+
+    class Interpreted(InterpretedFunction):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """A call from another function. Triton's own patches its language for each, which is most of the time."""
+            if any(tl.core.is_builtin(lang.load) for lang in langs):
+                return super().__call__(*args, **kwargs)
+            try:
+                return self.rewrite()(*args, **kwargs)
+            except Exception as e:
+                raise InterpreterError(repr(e)) from e
+
+    return Interpreted(f)
 
 
 def _version(module: Any) -> tuple[int, ...]:
