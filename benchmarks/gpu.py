@@ -5,9 +5,9 @@
 Stages, by priority, each under its own budget of seconds: what the machine is and can do; every kernel's tests, compiled; every
 op in three dtypes beside float64; speed, memory and traffic of the kernels beside torch's; attention differentiated twice;
 convolutions as shares of a matrix product's rate; tensors of over 2³¹ elements; the cost of a call, and whether a new batch
-size compiles anything; torch.compile; compute-sanitizer. Each result is appended at once, with a hash of the code it is of;
-another run, given the folder by `--resume`, leaves out what is there. Needs Python, torch, triton, numpy, pytest and
-hypothesis; nothing need be installed of this project, and there is no network.
+size compiles anything; torch.compile; attention by each of its paths; compute-sanitizer. Each result is appended at once, with
+a hash of the code it is of; another run, given the folder by `--resume`, leaves out what is there. Needs Python, torch, triton,
+numpy, pytest and hypothesis; nothing need be installed of this project, and there is no network.
 
 Without a GPU it says so and exits with 2. `--rehearse` runs the same code on the CPU, in Triton's interpreter, at toy sizes.
 """

@@ -111,6 +111,45 @@ def second_orders(op: Any) -> dict[str, Callable[..., Any]]:
     return {"ours": ours("triton"), "loops": ours("eager"), "math": plain}
 
 
+def paths(run: Any) -> None:
+    """Attention's kernels by each path, in turns, bfloat16; one that cannot be taken here says why."""
+    from bptoolkit.triton_kernels.attention_descriptors import PATHS
+
+    op = OPS["scaled_dot_product_attention"]
+    cases = CASES[op.name] if op.name in fused(run) else {}
+    for name in run.todo("paths", list(cases)[:1] if run.rehearse else cases):
+        case = cases[name](Draw(Random(0), dtype=torch.bfloat16, device=run.device), TOY if run.rehearse else 1)
+        cots = [torch.randn_like(t) for t in by_path(op, "pointers", case)]
+        figures: dict[str, Any] = {}
+        found, wrong = {}, []
+        for path in PATHS:
+            try:
+                found[path] = [*by_path(op, path, case), *by_path(op, path, case, cots)]
+            except ValueError as error:
+                figures[path] = str(error)
+            except Exception as error:
+                wrong.append(f"{path}: {type(error).__name__}: {error}"[:300])
+        seconds = 0.02 if run.rehearse else 0.6
+        for what, given in (("forward", None), ("both", cots)):
+            runs = [partial(by_path, op, path, case, given) for path in found]
+            figures |= {f"{p}_{what}_ms": t for p, t in zip(found, timing.medians(runs, run.device, seconds))}
+        for path in found:
+            pairs = [(a.float(), b.float()) for a, b in zip(found[path], found["pointers"])]
+            figures[f"{path}_gap"] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+            if not figures[f"{path}_gap"] <= 0.02:  # NaN is wrong too
+                wrong.append(f"{path} is not what pointers give")
+        run.ledger.add("paths", name, "failed" if wrong else "ok", **figures, **({"error": "; ".join(wrong)} if wrong else {}))
+
+
+def by_path(op: Any, path: str, case: Case, cots: list[Tensor] | None = None) -> Any:
+    """Values of a call of attention by a path, or with cotangents its gradients."""
+    from bptoolkit.triton_kernels.attention_descriptors import forced
+
+    with forced(path):
+        out = values(partial(op.call, backend="triton"), case)
+        return out if cots is None else gradients(out, case, cots)
+
+
 def _speed(run: Any, stage: str, cases: dict[str, Any]) -> None:
     ceiling = next((r["copy_gbs"] for r in run.ledger.records if r["name"] == "ceilings"), None)
     for name in run.todo(stage, list(cases)[:2] if run.rehearse else cases):

@@ -18,7 +18,7 @@ import gpu_timing as timing
 import torch
 from gpu_common import DTYPES, fused, outcome, widened
 from gpu_conv import convolution
-from gpu_speed import compiled, speed, twice, warm
+from gpu_speed import compiled, paths, speed, twice, warm
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -252,5 +252,6 @@ STAGES = (
     (large, 40),
     (host, 15),
     (compiled, 50),
+    (paths, 40),
     (sanitizer, 40),
 )

@@ -88,6 +88,15 @@ def test_rehearsal_of_the_second_order(tmp_path):
     assert record["status"] == "ok" and {"ours_ms", "loops_ms", "math_ms", "ours_error", "math_error"} <= set(record)
 
 
+def test_rehearsal_of_paths(tmp_path):
+    """Attention by pointers, by descriptors and with specialised warps: the same values, and a time each."""
+    done = command("--rehearse", "--out", tmp_path, "--stage", "paths", "--op", "scaled_dot_product_attention")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = (json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines())
+    assert record["status"] == "ok" and record["specialised_gap"] == record["descriptors_gap"] == 0
+    assert {f"{p}_{what}_ms" for p in ("pointers", "descriptors", "specialised") for what in ("forward", "both")} <= set(record)
+
+
 def test_shortages(tmp_path):
     """No such stage; no time, and time again; the kernels' tests as a stage, one file of them."""
     done = command("--rehearse", "--out", tmp_path, "--stage", "nothing")

@@ -50,6 +50,7 @@ class Spec(NamedTuple):
         stages: how many loads of a loop are under way at a time.
         dot: the kernel has a matrix product, which must come out as a tensor-core instruction.
         narrow: why no load need be 16 bytes wide; empty for a kernel whose loads must be.
+        parts: those it is for; empty for all.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Spec(NamedTuple):
     stages: int = 3
     dot: bool = False
     narrow: str = ""
+    parts: tuple[str, ...] = ()
 
 
 class Usage(NamedTuple):
@@ -96,6 +98,11 @@ def modules() -> list[Any]:
     names = [m.name for m in pkgutil.iter_modules(bptoolkit.triton_kernels.__path__)]
     found = [importlib.import_module(f"bptoolkit.triton_kernels.{name}") for name in names]
     return [m for m in found if hasattr(m, "specs")]
+
+
+def specs_for(module: Any, part: str) -> list[Spec]:
+    """A module's kernels for a part."""
+    return [spec for spec in module.specs(TARGETS[part].warp) if not spec.parts or part in spec.parts]
 
 
 def compile_for(spec: Spec, target: Target) -> Usage:

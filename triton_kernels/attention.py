@@ -19,6 +19,7 @@ from torch import Tensor
 from bptoolkit.ops.attention_rule import RULE
 from bptoolkit.triton_kernels.aot import Spec
 from bptoolkit.triton_kernels.attention_bias import mask_gradient, mask_kernel
+from bptoolkit.triton_kernels.attention_descriptors import PARTS, described, path_of, readable, type_of
 from bptoolkit.triton_kernels.attention_layout import (
     batch_of,
     blocks,
@@ -61,10 +62,14 @@ def _launch_forward(
     mask = mask_of(m, q)
     terms = mask.m, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32), dense(seed)
     steps = (*Q.stride()[:4], *near(K), *near(V), *mask.steps)
-    fixed, options, t = constants(q, m, n, "forward", options_of(terms, window, cap))
+    has = options_of(terms, window, cap)
+    path = path_of(n, has, packed, q=Q, k=K, v=V)
+    special = path == "specialised"
+    fixed, options, t = constants(q, m, n, "forward", has, not special)
     grid = (blocks(n, n.L, t.BM, packed) * n.B * n.H * n.G,)
-    given = (Q, K, V, *terms, dense(cu_q), dense(cu_k), *out)
-    forward_kernel[grid](*given, *steps, *shared_arguments(q, n, window, scale, cap, p, packed), *fixed, **options)
+    given = (*described(path, t.BM, Q), *described(path, t.BN, K, V), *terms, dense(cu_q), dense(cu_k), *out)
+    shared = shared_arguments(q, n, window, scale, cap, p, packed)
+    forward_kernel[grid](*given, *steps, *shared, *fixed, special, **options)
     return out
 
 
@@ -105,25 +110,29 @@ def _launch_backward(
     mask = mask_of(m, q)
     terms = mask.m, of_samples(slopes, q, torch.float32), of_samples(lengths, q, torch.int32), dense(seed)
     of_all, shared = (dense(cu_q), dense(cu_k)), shared_arguments(q, n, window, scale, cap, p, packed)
-    steps = (*dO.stride()[:4], *Q.stride()[:4], *near(K))
     has, V, O, of_v, of_o = options_of(terms, window, cap), None, None, (0,) * 3, (0,) * 4
     if v is not None and o is not None:
         V, O = samples(v, n, 1), samples(o, n, n.G)
         of_v, of_o = near(V), O.stride()[:4]
-    fixed, options, t = constants(q, m, n, "rows", has)
+    path = path_of(n, has, packed, q=Q, k=K, v=V)
+    special, dO = path == "specialised", readable(path, dO)
+    steps = (*dO.stride()[:4], *Q.stride()[:4], *near(K))
+    fixed, options, t = constants(q, m, n, "rows", has, not special)
     down, N = blocks(n, n.L, t.BM, packed), n.B * n.H * n.G
     T, r, D = (torch.empty(N, down * t.BM, dtype=torch.float32, device=q.device) for _ in range(3))
     parts = None if dslopes is None else torch.empty(N, down, dtype=torch.float32, device=q.device)
-    given = (dO, dense(dlse), Q, K, V, *terms, *of_all, O, dense(top), dense(l), T, r, D, dq, parts)
+    (by_do, by_q), read = described(path, t.BM, dO, Q), described(path, t.BN, K, V)
+    given = (by_do, dense(dlse), by_q, *read, *terms, *of_all, O, dense(top), dense(l), T, r, D, dq, parts)
     if n.L:
-        rows_kernel[(down * N,)](*given, *steps, *of_v, *mask.steps, *of_o, *shared, *fixed, **options)
+        rows_kernel[(down * N,)](*given, *steps, *of_v, *mask.steps, *of_o, *shared, *fixed, special, **options)
     if dslopes is not None:
         torch.sum(parts, 1, out=dslopes.view(-1))
     if n.S and not (dk is None and dv is None):
         fixed, options, t = constants(q, m, n, "columns", has)
         grid = (blocks(n, n.S, t.BN, packed) * n.B * n.H,)
-        given = (dO, Q, K, V, *terms, *of_all, T, r, D, dk, dv)
-        columns_kernel[grid](*given, *steps, *of_v, *mask.steps, *shared, *fixed, **options)
+        read = *described(path, t.BM, dO, Q), *described(path, t.BN, K, V)
+        given = (*read, *terms, *of_all, T, r, D, dk, dv)
+        columns_kernel[grid](*given, *steps, *of_v, *mask.steps, *shared, *fixed, special, **options)
     dm = out[3]
     if m is not None and need[3]:
         given = (dO, Q, K, V, *terms, T, r, D)
@@ -206,11 +215,15 @@ _GIVEN: dict[str, dict[str, str]] = {
 }
 _GIVEN["everything"] = _GIVEN["options"] | {"seed": "*i32"}
 _CALLS = (
-    ("bf16", 64, "causal mask everything"),
-    ("bf16", 128, "causal packed bias options everything"),
-    ("bf16", 256, "causal packed everything"),
-    ("fp32", 64, "causal"),
-    ("fp32", 128, "causal everything"),
+    ("pointers", "bf16", 64, "causal mask everything"),
+    ("pointers", "bf16", 128, "causal packed bias options everything"),
+    ("pointers", "bf16", 256, "causal packed everything"),
+    ("pointers", "fp32", 64, "causal"),
+    ("pointers", "fp32", 128, "causal everything"),
+    ("descriptors", "bf16", 64, "causal everything"),
+    ("descriptors", "bf16", 128, "causal bias everything"),
+    ("specialised", "bf16", 64, "full causal"),
+    ("specialised", "bf16", 128, "full causal"),
 )
 
 
@@ -220,15 +233,15 @@ def specs(warp: int) -> list[Spec]:
     from bptoolkit.triton_kernels.attention_double import configurations
 
     calls = [
-        _spec(t, E, label, kind, warp)
-        for t, E, labels in _CALLS
+        _spec(t, E, label, kind, warp, path)
+        for path, t, E, labels in _CALLS
         for label, kind in product(labels.split(), _KERNELS)
-        if kind != "mask" or label in ("bias", "everything")
+        if kind != "mask" or (label in ("bias", "everything") and path == "pointers")
     ]
     return calls + configurations(warp)
 
 
-def _spec(t: str, E: int, label: str, kind: str, warp: int) -> Spec:
+def _spec(t: str, E: int, label: str, kind: str, warp: int, path: str = "pointers") -> Spec:
     kernel, names = _KERNELS[kind], _KERNELS[kind].arg_names
     given: dict[str, str] = dict(_GIVEN[label])
     if label in ("options", "everything"):
@@ -238,7 +251,8 @@ def _spec(t: str, E: int, label: str, kind: str, warp: int) -> Spec:
     dtype, bytes = {"bf16": (torch.bfloat16, 2), "fp32": (torch.float32, 4)}[t]
     BM, BN, warps, stages = tile(kind, E, bytes, has, warp)
     values: dict[str, Any] = dict.fromkeys(_OPTIONAL) | dict.fromkeys(("E", "EV", "BE", "BV"), E)
-    values |= {"BM": BM, "BN": BN, "SPLIT": not has, "BR": tile("rows", E, bytes, has, warp).BM, "ms": 1}
+    special, BR = path == "specialised", tile("rows", E, bytes, has, warp).BM
+    values |= {"BM": BM, "BN": BN, "SPLIT": not has and not special, "BR": BR, "ms": 1, "SPECIAL": special}
     values |= {"NATURAL": given.get("m") == "*t", "PRECISION": precision_of(dtype, warp), "UPCAST": False}
     values |= {"ROW": False, "COLUMN": False}
     types = given | dict.fromkeys(("scale", "inverse"), "fp32")
@@ -246,6 +260,10 @@ def _spec(t: str, E: int, label: str, kind: str, warp: int) -> Spec:
         number = names.index(name) > names.index("ob" if "ob" in names else "qb") or name in ("ob", "qb")
         types[name] = "i32" if number else "*fp32" if name in _OF_FLOATS else "*i32" if name == "order" else "*t"
     types = {name: types[name].replace("*t", f"*{t}") for name in names if name in types}
-    aligned = tuple(name for name, of in types.items() if of[0] == "*" or (len(name) == 2 and name.islower()))  # steps are "qb"
+    if path != "pointers":
+        types |= {name: type_of(t, BM if name in ("do", "q") else BN, E) for name in ("do", "q", "k", "v") if name in names}
+    steps = [name for name, of in types.items() if of == "i32" and len(name) == 2 and name.islower()]
+    aligned = (*(name for name, of in types.items() if of[0] == "*"), *steps)
     values = {name: values[name] for name in names if name in values and name not in types}
-    return Spec(f"attention {kind} {t} {E} {label}", kernel, types, values, aligned, warps, stages, True)
+    what = label if path == "pointers" else f"{label}, {path}"
+    return Spec(f"attention {kind} {t} {E} {what}", kernel, types, values, aligned, warps, stages, True, parts=PARTS[path])

@@ -157,14 +157,16 @@ def blocks(n: Batch, rows: int, B: int, packed: bool) -> int:
     return rows // B + n.C + 2 if packed else triton.cdiv(rows, B)
 
 
-def constants(q: Tensor, m: Tensor | None, n: Batch, kernel: str, has: int) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
-    """What the kernels take from the features on, how they are launched, and the tile."""
+def constants(
+    q: Tensor, m: Tensor | None, n: Batch, kernel: str, has: int, split: bool = True
+) -> tuple[tuple[Any, ...], dict[str, Any], Tile]:
+    """What the kernels take from the features on, how they are launched, and the tile. split: whether loops may be."""
     BE, BV = (max(triton.next_power_of_2(x), 16) for x in (n.E, n.EV))
     t = tile(kernel, max(BE, BV), q.element_size(), has, WARP)
     precision = precision_of(q.dtype, WARP)
     natural = m is not None and m.dtype != torch.bool
     options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
-    more = tile("rows", max(BE, BV), q.element_size(), has, WARP).BM if kernel in ("columns", "mask") else not has
+    more = tile("rows", max(BE, BV), q.element_size(), has, WARP).BM if kernel in ("columns", "mask") else split and not has
     return (n.E, n.EV, BE, BV, t.BM, t.BN, natural, more, precision, upcasts(q)), options, t
 
 

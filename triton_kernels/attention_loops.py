@@ -5,12 +5,14 @@ window, the lengths, the matrix) with a mask of places, those between without. S
 is one instruction; with an additive mask, whose lowest numbers would overflow there, it is as it is (NATURAL).
 
 Letters as in the rule; a sample of the batch is (b, h, g): k and v have no g where a group of heads shares them. x is Q Kᵀ. An
-option that is not given is None.
+option that is not given is None. do, q, k and v are pointers or tensor descriptors, and SPECIAL shares a loop's work out among
+warps: see `attention_descriptors`.
 """
 
 import triton
 import triton.language as tl
 
+from bptoolkit.triton_kernels.attention_rows import moved, put, rows, tile_of, wide
 from bptoolkit.triton_kernels.attention_sequences import blocks_of, others, sequence_at
 from bptoolkit.triton_kernels.functions import tanh
 from bptoolkit.triton_kernels.randomness import hashed, keep_in_row
@@ -18,39 +20,6 @@ from bptoolkit.triton_kernels.randomness import hashed, keep_in_row
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a finite top: exp(−inf − top) is 0
-
-
-@triton.jit
-def wide(n):
-    """A number of a tile or row, of 64 bits, to be multiplied by a step."""
-    return tl.full((), 0, tl.int64) + n
-
-
-@triton.jit
-def rows(p, step, count, E: tl.constexpr, R: tl.constexpr, BE: tl.constexpr, UPCAST: tl.constexpr, EDGE: tl.constexpr = True):
-    """R rows of E elements, zeros below and beside those that there are; not at an edge, all R are there."""
-    r, e = tl.arange(0, R), tl.arange(0, BE)
-    at = p + (r[:, None] * step + e[None, :])
-    if EDGE:
-        mask = (r < count)[:, None]
-        if E < BE:
-            mask = mask & (e < E)[None, :]
-        x = tl.load(at, mask, other=0.0)  # R BE
-    elif E < BE:
-        x = tl.load(at, (e < E)[None, :], other=0.0)
-    else:
-        x = tl.load(at)
-    return x.to(tl.float32) if UPCAST else x
-
-
-@triton.jit
-def put(p, x, count, E: tl.constexpr, R: tl.constexpr, BE: tl.constexpr):
-    """Write R dense rows of E elements, those that there are."""
-    r, e = tl.arange(0, R), tl.arange(0, BE)
-    mask = (r < count)[:, None]
-    if E < BE:
-        mask = mask & (e < E)[None, :]
-    tl.store(p + (r[:, None] * E + e[None, :]), x.to(p.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -138,7 +107,7 @@ def forward_kernel(
     qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG,
     H, G, L, S, C, left, right, shift, scale, cap, threshold, inverse,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SPECIAL: tl.constexpr,
 ):  # fmt: skip
     """O, lse, top and l of rows I."""
     blocks = blocks_of(L, C, cu_q, BM)
@@ -152,9 +121,9 @@ def forward_kernel(
         j_, width = others(c, cu_k, C, S)
         shift *= width - height
         width = tl.where(i0 < height, width, 0)
-    q += b * qb + h * qh + g * qg + wide(i_ + i0) * ql
-    k += b * kb + h * kh + wide(j_) * ks
-    v += b * vb + h * vh + wide(j_) * vs
+    q = moved(q, b * qb + h * qh + wide(i_) * ql)
+    k = moved(k, b * kb + h * kh + wide(j_) * ks)
+    v = moved(v, b * vb + h * vh + wide(j_) * vs)
     if m is not None:
         m += mask_at(n, mb, mh, mg, MH, MG)
     slope, length = None, width
@@ -166,7 +135,7 @@ def forward_kernel(
     at, here = wide(n) * L + (i_ + i0) + tl.arange(0, BM), tl.arange(0, BM) < height - i0
     if seed is not None:
         keys = hashed(at, seed)[:, None]
-    Q = rows(q, ql, height - i0, E, BM, BE, UPCAST)  # BM BE
+    Q = tile_of(q, b, h, g, i0, qg, ql, height - i0, E, BM, BE, UPCAST)  # BM BE
     O = tl.zeros((BM, BV), tl.float32)
     T = tl.full((BM,), LOWEST, tl.float32)
     Z = tl.zeros((BM,), tl.float32)
@@ -174,8 +143,8 @@ def forward_kernel(
     for part in tl.static_range(3 if SPLIT else 1):
         j1, j2 = columns_of(part, begin, full, full_end, end, SPLIT)
         if part > 0 or left is not None or not SPLIT:
-            for j0 in range(j1, j2, BN):
-                K = rows(k + wide(j0) * ks, ks, width - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
+            for j0 in tl.range(j1, j2, BN, warp_specialize=SPECIAL):
+                K = tile_of(k, b, h, 0, j0, 0, ks, width - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
                 x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
                 s, _ = scores(
                     x, i, j, i0, j0, m, ml, ms, height, slope, left, right, shift, length, scale, cap, NATURAL,
@@ -187,7 +156,7 @@ def forward_kernel(
                 Z = Z * shrink + tl.sum(p, 1)
                 if seed is not None:
                     p = tl.where(keep_in_row(j_ + j0 + j, keys, threshold), p, 0.0)
-                V = rows(v + wide(j0) * vs, vs, width - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
+                V = tile_of(v, b, h, 0, j0, 0, vs, width - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
                 O = tl.dot(p.to(V.dtype), V, O * shrink[:, None], input_precision=PRECISION)
                 T = T1
     nothing = Z == 0
@@ -213,7 +182,7 @@ def rows_kernel(
     ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG, yb, yh, yg, yl,
     H, G, L, S, C, left, right, shift, scale, cap, threshold, inverse,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NATURAL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SPECIAL: tl.constexpr,
 ):  # fmt: skip
     """Of rows I: what `columns_kernel` wants of them, dQ, and what they give to the gradient of their slope.
 
@@ -238,17 +207,17 @@ def rows_kernel(
     tl.store(T_ + to, T)
     tl.store(r_ + to, r)
     if o is not None:
-        do += b * ob + h * oh + g * og + wide(i_ + i0) * ol
+        do = moved(do, b * ob + h * oh + wide(i_) * ol)
         o += b * yb + h * yh + g * yg + wide(i_ + i0) * yl
-        dO = rows(do, ol, height - i0, EV, BM, BV, UPCAST)  # BM BV
+        dO = tile_of(do, b, h, g, i0, og, ol, height - i0, EV, BM, BV, UPCAST)  # BM BV
         d = tl.sum(dO.to(tl.float32) * rows(o, yl, height - i0, EV, BM, BV, False).to(tl.float32), 1)  # BM
         if dlse is not None:
             d -= tl.load(dlse + at, here, other=0.0).to(tl.float32)
         tl.store(D + to, d)
     if dq is not None or dslopes is not None:
-        q += b * qb + h * qh + g * qg + wide(i_ + i0) * ql
-        k += b * kb + h * kh + wide(j_) * ks
-        v += b * vb + h * vh + wide(j_) * vs
+        q = moved(q, b * qb + h * qh + wide(i_) * ql)
+        k = moved(k, b * kb + h * kh + wide(j_) * ks)
+        v = moved(v, b * vb + h * vh + wide(j_) * vs)
         if m is not None:
             m += mask_at(n, mb, mh, mg, MH, MG)
         slope, length = None, width
@@ -259,16 +228,16 @@ def rows_kernel(
         i, j = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
         if seed is not None:
             keys = hashed(at, seed)[:, None]
-        Q = rows(q, ql, height - i0, E, BM, BE, UPCAST)  # BM BE
+        Q = tile_of(q, b, h, g, i0, qg, ql, height - i0, E, BM, BE, UPCAST)  # BM BE
         A = tl.zeros((BM, BE), tl.float32)
         F = tl.zeros((BM,), tl.float32)
         begin, full, full_end, end = seen_by(i0, BM, BN, length, left, right, shift)
         for part in tl.static_range(3 if SPLIT else 1):
             j1, j2 = columns_of(part, begin, full, full_end, end, SPLIT)
             if part > 0 or left is not None or not SPLIT:
-                for j0 in range(j1, j2, BN):
-                    K = rows(k + wide(j0) * ks, ks, width - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
-                    V = rows(v + wide(j0) * vs, vs, width - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
+                for j0 in tl.range(j1, j2, BN, warp_specialize=SPECIAL):
+                    K = tile_of(k, b, h, 0, j0, 0, ks, width - j0, E, BN, BE, UPCAST, not SPLIT or part != 1)  # BN BE
+                    V = tile_of(v, b, h, 0, j0, 0, vs, width - j0, EV, BN, BV, UPCAST, not SPLIT or part != 1)  # BN BV
                     x = tl.dot(Q, tl.trans(K), input_precision=PRECISION)  # BM BN
                     s, t = scores(
                         x, i, j, i0, j0, m, ml, ms, height, slope, left, right, shift, length, scale, cap, NATURAL,
@@ -297,7 +266,7 @@ def columns_kernel(
     ob, oh, og, ol, qb, qh, qg, ql, kb, kh, ks, vb, vh, vs, mb, mh, mg, ml, ms, MH, MG,
     H, G, L, S, C, left, right, shift, scale, cap, threshold, inverse,
     E: tl.constexpr, EV: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NATURAL: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    NATURAL: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SPECIAL: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of columns J, summed over the group. All tiles are transposed.
 
@@ -316,11 +285,13 @@ def columns_kernel(
         height = tl.where(j0 < width, height, 0)
         start = (i_ // BR + c + 1) * BR
     b, h, first = wide(n0 // H), wide(n0 % H), wide(n0) * S + (j_ + j0)
-    do += b * ob + h * oh + wide(i_) * ol
-    q += b * qb + h * qh + wide(i_) * ql
-    K = rows(k + (b * kb + h * kh + wide(j_ + j0) * ks), ks, width - j0, E, BN, BE, UPCAST)  # BN BE
+    do = moved(do, b * ob + h * oh + wide(i_) * ol)
+    q = moved(q, b * qb + h * qh + wide(i_) * ql)
+    k = moved(k, b * kb + h * kh + wide(j_) * ks)
+    K = tile_of(k, b, h, 0, j0, 0, ks, width - j0, E, BN, BE, UPCAST)  # BN BE
     if dk is not None:
-        V = rows(v + (b * vb + h * vh + wide(j_ + j0) * vs), vs, width - j0, EV, BN, BV, UPCAST)  # BN BV
+        v = moved(v, b * vb + h * vh + wide(j_) * vs)
+        V = tile_of(v, b, h, 0, j0, 0, vs, width - j0, EV, BN, BV, UPCAST)  # BN BV
         dK = tl.zeros((BN, BE), tl.float32)
     if dv is not None:
         dV = tl.zeros((BN, BV), tl.float32)
@@ -338,10 +309,10 @@ def columns_kernel(
         if lengths is not None:
             length = tl.load(lengths + n)
             last = tl.where(length > j0, end, begin)
-        for i0 in range(begin, last, BM):
+        for i0 in tl.range(begin, last, BM, warp_specialize=SPECIAL):
             at = wide(n) * stretch + (start + i0) + tl.arange(0, BM)
-            Q = rows(q + (wide(g) * qg + wide(i0) * ql), ql, height - i0, E, BM, BE, UPCAST)  # BM BE
-            dO = rows(do + (wide(g) * og + wide(i0) * ol), ol, height - i0, EV, BM, BV, UPCAST)  # BM BV
+            Q = tile_of(q, b, h, g, i0, qg, ql, height - i0, E, BM, BE, UPCAST)  # BM BE
+            dO = tile_of(do, b, h, g, i0, og, ol, height - i0, EV, BM, BV, UPCAST)  # BM BV
             x = tl.dot(K, tl.trans(Q), input_precision=PRECISION)  # BN BM
             s, t = scores(
                 x, i, j, i0, j0, mask, ml, ms, height, slope, left, right, shift, length, scale, cap, NATURAL, EDGE

@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     for stem in stems:
         for part in parts:
             target = aot.TARGETS[part]
-            for spec in modules[stem].specs(target.warp):
+            for spec in aot.specs_for(modules[stem], part):
                 try:
                     usage = record.usage(spec, part)
                     wrong = aot.problems(spec, target, usage)

@@ -14,7 +14,7 @@ from bptoolkit.triton_kernels import layer_norm as file
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks/results/kernels.json"
-PARTS = [(part, spec) for part, target in aot.TARGETS.items() for m in aot.modules() for spec in m.specs(target.warp)]
+PARTS = [(part, spec) for part in aot.TARGETS for m in aot.modules() for spec in aot.specs_for(m, part)]
 NAMES = [f"{spec.label} @ {part}" for part, spec in PARTS]
 
 
@@ -84,7 +84,7 @@ def test_the_record_is_true(stem):
     k = stems.index(stem)
     part = list(aot.TARGETS)[k % len(aot.TARGETS)]
     target = aot.TARGETS[part]
-    specs = aot.modules()[k].specs(target.warp)
+    specs = aot.specs_for(aot.modules()[k], part)
     spec = specs[k % len(specs)]
     entry = {name: value for name, value in found[f"{spec.label} @ {part}"].items() if name != "key"}
     assert aot.compile_for(spec, target)._asdict() == entry
