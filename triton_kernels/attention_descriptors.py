@@ -110,9 +110,9 @@ def described(path: str, rows: int, *tensors: Tensor | None) -> tuple[Tensor | T
 
 
 def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
-    E = triton.next_power_of_2(max(t.shape[-1], BYTES))
-    steps = [step if size > 1 else BYTES for size, step in zip(t.shape[:-1], t.stride())]  # of one element any would do
-    return TensorDescriptor(t, list(t.shape), [*steps, 1], [1, 1, 1, rows, E])
+    BE = max(triton.next_power_of_2(t.shape[-1]), 16)
+    steps = [step if size > 1 else BYTES for size, step in zip(t.shape[:-1], t.stride())]  # over one element any would do
+    return TensorDescriptor(t, list(t.shape), [*steps, 1], [1, 1, 1, rows, BE])
 
 
 def type_of(t: str, rows: int, E: int) -> str:
