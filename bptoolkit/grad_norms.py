@@ -84,13 +84,13 @@ def recorded(run: Callable[..., Any], squares_of: Callable[..., Tensor]) -> Call
         squares_of: `squares_of(da, *args)`: *V T B.
     """
 
-    def both(*args: Any) -> Any:
+    def and_record(*args: Any) -> Any:
         out, record = run(*args), args[-1]
         if record:
             deliver(record, squares_of(out[0], *args[:-1]).movedim(-2, 0).flatten(1))
         return out
 
-    return both
+    return and_record
 
 
 # --- around the ops -----------------------------------------------------------------------------------------------------------
