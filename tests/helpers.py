@@ -82,4 +82,5 @@ def scalar(fn: Callable[..., tuple[Tensor, ...]], seed: int = 0) -> Callable[...
 NAMES = tuple(OPS)
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 FIRST = tuple(import_module(f"bptoolkit.ops.{file}").OPS[0].name for file in FILES)
-SOME = NAMES if LONG else FIRST  # one op a file for what costs seconds a test; all of them under `make fuzz`
+SOME = NAMES if LONG else FIRST  # one op a file for what costs a second a test; all of them under `make fuzz`
+FEW = NAMES if LONG else FIRST[::3]  # of every third file, for what costs several, and is the work of what all rules share

@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from helpers import NAMES, SOME, draw_call, leaves_of, random_like, scalar
+from helpers import FEW, NAMES, SOME, draw_call, leaves_of, random_like, scalar
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from bptoolkit import OPS
@@ -20,6 +20,7 @@ close32 = functools.partial(torch.testing.assert_close, rtol=2e-4, atol=2e-5)
 pytestmark = pytest.mark.usefixtures("one_seed")
 each_op = pytest.mark.parametrize("name", NAMES)
 one_a_file = pytest.mark.parametrize("name", SOME)
+few = pytest.mark.parametrize("name", FEW)
 SEEDS = (0, 1, 2)
 
 
@@ -140,12 +141,12 @@ def test_compile_inductor(name):
     compiled_matches(call_of(name, dtype=torch.float32), "inductor")
 
 
-@one_a_file
+@few
 def test_compile_dynamic(name):  # test_recompile.py has every op at several sizes
     compiled_matches(call_of(name, dtype=torch.float32), "aot_eager", dynamic=True)
 
 
-@one_a_file
+@few
 def test_compile_of_transforms(name):
     c = call_of(name, dtype=torch.float32)
     at = tuple(range(len(c.tensors)))
@@ -162,7 +163,7 @@ def test_compile_of_transforms(name):
         close32(torch.compile(fn(c.ours), fullgraph=True, backend="aot_eager")(*args), fn(c.ours)(*args))
 
 
-@one_a_file
+@few
 def test_compiled_autograd(name):
     c = call_of(name, dtype=torch.float32)
     torch._dynamo.reset()

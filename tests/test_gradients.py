@@ -11,13 +11,14 @@ from bptoolkit import OPS, verify
 from bptoolkit.verify.properties import PROPERTIES
 
 TOOLS = ("compile", "fake_tensors", "registration")  # seconds each; tests/test_composition.py has them by transform
+ELSEWHERE = ("forward_mode",)  # a third of the time, as its rounding is measured anew; test_composition.py has every op's
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_short_search(name):
     if LONG:
         pytest.skip("the long search visits all of it and more")
-    judged = [p for p in PROPERTIES if p not in TOOLS]
+    judged = [p for p in PROPERTIES if p not in (*TOOLS, *ELSEWHERE)]
     cases = 6 if name in SOME else 3  # ops of one file share much of it
     report = verify.assert_correct(OPS[name], quick=True, properties=judged, cases=cases, budget=90)
     left_out = {p for p in judged if not report.calls[p]}
