@@ -11,7 +11,7 @@ from bptoolkit import OPS, verify
 from bptoolkit.verify.properties import PROPERTIES
 
 TOOLS = ("compile", "fake_tensors", "registration")  # seconds each; tests/test_composition.py has them by transform
-ELSEWHERE = ("forward_mode",)  # a third of the time, as its rounding is measured anew; test_composition.py has every op's
+ELSEWHERE = ("forward_mode",)  # slow, as its rounding is measured anew; test_composition.py has every op's
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,8 +12,7 @@ Only the first is chosen by itself: the others have not been run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -21,31 +20,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bptoolkit.triton_kernels.attention_layout import Batch
+from bptoolkit.triton_kernels.kernel import Paths
 
 PATHS = ("pointers", "descriptors", "specialised")
 PARTS: Mapping[str, tuple[str, ...]] = {"pointers": (), "descriptors": ("sm_90", "sm_100"), "specialised": ("sm_100",)}
 WIDEST = 128  # features of a head: at 256 registers spill in `rows`
 BYTES = 16  # what bases and steps are multiples of
-_forced = "pointers"
-
-
-@contextmanager
-def forced(path: str) -> Iterator[None]:
-    """Inside, attention's kernels take this path, or raise with the reason: for tests and benchmarks.
-
-    Those of the second order and of a mask's gradient read by pointers all the same.
-
-    Raises:
-        ValueError: there is no such path.
-    """
-    global _forced
-    if path not in PATHS:
-        raise ValueError(f"there is no path {path!r}; there are {', '.join(PATHS)}")
-    before, _forced = _forced, path
-    try:
-        yield
-    finally:
-        _forced = before
+_paths = Paths(PATHS, "pointers")
+forced = _paths.forced  # the second order and a mask's gradient read by pointers all the same
 
 
 def path_of(n: Batch, options: int, packed: bool, **tensors: Tensor | None) -> str:
@@ -54,17 +36,18 @@ def path_of(n: Batch, options: int, packed: bool, **tensors: Tensor | None) -> s
     Raises:
         ValueError: they cannot be read as `forced` says.
     """
-    if _forced == "pointers" or not min(n.L, n.S, n.E, n.EV):
+    path = _paths.chosen
+    if path == "pointers" or not min(n.L, n.S, n.E, n.EV):
         return "pointers"
     given = {name: t for name, t in tensors.items() if t is not None}
-    why = _unsuitable(n, options, packed, next(iter(given.values())))
+    why = _unsuitable(path, n, options, packed, next(iter(given.values())))
     why = why or next((f"{name} {of}" for name, t in given.items() if (of := _unreadable(t))), None)
     if why is not None:
-        raise ValueError(f"attention by the {_forced} path cannot take this call: {why}")
-    return _forced
+        raise ValueError(f"attention by the {path} path cannot take this call: {why}")
+    return path
 
 
-def _unsuitable(n: Batch, options: int, packed: bool, q: Tensor) -> str | None:
+def _unsuitable(path: str, n: Batch, options: int, packed: bool, q: Tensor) -> str | None:
     """Why a call cannot use descriptors, or have its loops specialised; or None."""
     if packed:
         return "packed sequences (cu_q) end inside of tiles"
@@ -72,14 +55,14 @@ def _unsuitable(n: Batch, options: int, packed: bool, q: Tensor) -> str | None:
         return f"it takes half precision, not {q.dtype}"
     if max(n.E, n.EV) > WIDEST:
         return f"a head has at most {WIDEST} features, not {max(n.E, n.EV)}"
-    if _forced == "specialised" and options:  # registers would spill
+    if path == "specialised" and options:  # registers would spill
         return "it takes is_causal, and no mask, window to the left, slopes, lengths, soft cap or dropout"
     if q.device.type == "cuda":
         if torch.version.hip:
             return f"{torch.cuda.get_device_name(q.device)} has no tensor memory accelerator"
         major, minor = torch.cuda.get_device_capability(q.device)
-        if major < 9 or (_forced == "specialised" and major != 10):
-            return f"it takes compute capability {'10' if _forced == 'specialised' else '9.0 or more'}, not {major}.{minor}"
+        if major < 9 or (path == "specialised" and major != 10):
+            return f"it takes compute capability {'10' if path == 'specialised' else '9.0 or more'}, not {major}.{minor}"
     return None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -28,6 +29,28 @@ class Kernel(NamedTuple):
     unsupported: Callable[..., str | None]
     again: Callable[..., Any] | None = None
     push: Callable[..., Any] | None = None
+
+
+class Paths:
+    """The ways in which a kernel can be run, one of which may be asked for by name: for tests and benchmarks."""
+
+    def __init__(self, names: tuple[str, ...], chosen: str | None = None) -> None:
+        self.names, self.chosen = names, chosen
+
+    @contextmanager
+    def forced(self, name: str) -> Iterator[None]:
+        """Inside, every call goes this way, or raises with the reason.
+
+        Raises:
+            ValueError: there is no such path.
+        """
+        if name not in self.names:
+            raise ValueError(f"there is no path {name!r}; there are {', '.join(self.names)}")
+        before, self.chosen = self.chosen, name
+        try:
+            yield
+        finally:
+            self.chosen = before
 
 
 def computed_in_float32(x: Tensor) -> str | None:

@@ -16,8 +16,6 @@ in reverse has not begun, keeps its state, and what is written for it is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bptoolkit.triton_kernels.aot import Spec
-from bptoolkit.triton_kernels.kernel import WARP, precision_of, upcasts
+from bptoolkit.triton_kernels.kernel import WARP, Paths, precision_of, upcasts
 from bptoolkit.triton_kernels.linear_recurrence import between, position
 
 ROWS = 16  # of the batch, the fewest that a matrix instruction takes
@@ -34,7 +32,8 @@ SLICE = 16  # units
 HELD = {32: 128 << 10, 64: 32 << 10}  # bytes of weights: in shared memory, or with warps of 64 in the registers of every warp
 BESIDE = 16 << 10  # bytes of shared memory for all else
 PATHS = ("resident", "steps", "slices", "persistent")
-_forced: str | None = None
+_paths = Paths(PATHS)
+forced = _paths.forced  # every sequence, whatever its size
 
 # --- the choice of a path -------------------------------------------------------------------------------------------------
 
@@ -64,30 +63,14 @@ def widest_sliced(gates: int, bytes: int, warp: int, room: int) -> int:
 
 def path(H: int, gates: int, dtype: torch.dtype, device: torch.device) -> str:
     """How a sequence is run: "resident" where one program holds the recurrent weights, else "steps"; or as `forced` says."""
-    if _forced == "steps":
-        return _forced
-    limit = widest_sliced if _forced in ("slices", "persistent") else widest
+    asked = _paths.chosen
+    if asked == "steps":
+        return asked
+    limit = widest_sliced if asked in ("slices", "persistent") else widest
     most = limit(gates, dtype.itemsize, WARP, room(device))
-    if _forced is not None and most < H:
-        raise ValueError(f"the {_forced} path takes at most {most} units of {dtype}, not {H}")
-    return _forced or ("resident" if most >= H else "steps")
-
-
-@contextmanager
-def forced(way: str) -> Iterator[None]:
-    """Inside, every sequence is run this way, whatever its size: for tests and benchmarks.
-
-    Raises:
-        ValueError: there is no such path.
-    """
-    global _forced
-    if way not in PATHS:
-        raise ValueError(f"there is no path {way!r}; there are {', '.join(PATHS)}")
-    before, _forced = _forced, way
-    try:
-        yield
-    finally:
-        _forced = before
+    if asked is not None and most < H:
+        raise ValueError(f"the {asked} path takes at most {most} units of {dtype}, not {H}")
+    return asked or ("resident" if most >= H else "steps")
 
 
 # --- tiles and launches ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def small(monkeypatch):
 def reads(device):
     """The path by descriptors, where the device has them."""
     if device == "cuda" and (torch.version.hip or torch.cuda.get_device_capability()[0] < 9):
-        pytest.skip("no tensor memory accelerator")
+        pytest.skip("needs a tensor memory accelerator: compute capability 9 or more")
     return "descriptors"
 
 
@@ -38,7 +38,7 @@ def reads(device):
 def path(request, device, reads):
     """Each of the two paths that the device has."""
     if device == "cuda" and request.param == "specialised" and torch.cuda.get_device_capability()[0] != 10:
-        pytest.skip("not compute capability 10")
+        pytest.skip("needs compute capability 10")
     return request.param
 
 
