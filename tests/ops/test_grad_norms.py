@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bptoolkit as bp
+from bptoolkit.ops.bptt import factors
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 T, B, I, H = 7, 3, 2, 4
@@ -41,10 +42,10 @@ def loss(y, last):
     return sum((t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in flat(y, last))
 
 
-def step(name, x, states, ws):
+def step(name, x, states, ws, cut=False):
     a = x @ ws[0].mT + ws[2]
     h = states[0]
-    u = h @ ws[1].mT + ws[3]
+    u = (h.detach() if cut else h) @ ws[1].mT + ws[3]
     if name == "rnn":
         return ((a + u).tanh(),)
     if name == "gru":
@@ -57,7 +58,7 @@ def step(name, x, states, ws):
     return (m @ ws[4].mT if len(ws) > 4 else m), c
 
 
-def wanted(name, args, lengths=None, reverse=False, resets=None):
+def wanted(name, args, lengths=None, reverse=False, resets=None, cut=False, xi=None):
     """Of one layer in one direction, by autograd of a plain loop."""
     x, hx, ws = args
     states = [s[0] for s in flat(hx)]
@@ -72,13 +73,14 @@ def wanted(name, args, lengths=None, reverse=False, resets=None):
         begun[t] = [s * 1 for s in states]
         take = torch.ones(B, 1, dtype=torch.bool) if lengths is None else (t < lengths)[:, None]
         on[t] = take[:, 0] if on[t] is None else on[t] & take[:, 0]
-        new = step(name, x[t], begun[t], ws)
+        from_ = begun[t] if xi is None else [s + (xi[t] - 1) * (s - s.detach()) for s in begun[t]]
+        new = step(name, x[t], from_, ws, cut)
         ys[t] = torch.where(take, new[0], 0)
         states = [torch.where(take, n, s) for n, s in zip(new, begun[t])]
     value = loss(torch.stack(ys), [s.unsqueeze(0) for s in states])
     norms = []
     for t in range(T):
-        parts = torch.autograd.grad(value, begun[t], retain_graph=True)
+        parts = torch.autograd.grad(value, begun[t], retain_graph=True, allow_unused=True, materialize_grads=True)
         norms.append(sum((p[on[t]] ** 2).sum() for p in parts).sqrt())
     return torch.stack(norms)
 
@@ -188,9 +190,23 @@ def test_truncated(name):
 @each
 def test_eprop(name):
     """What is cut is not sent: of a simple recurrence all of it."""
-    seen, _ = recorded(name, arguments(name), truncate="eprop")
-    whole, _ = recorded(name, arguments(name))
-    assert (seen[0] == 0).all() if name == "rnn" else float((seen[0] - whole[0]).abs().min()) > 1e-6
+    args = arguments(name)
+    seen, _ = recorded(name, args, truncate="eprop")
+    torch.testing.assert_close(seen[0], wanted(name, args, cut=True))
+    assert (seen[0] == 0).all() if name == "rnn" else (seen[0] > 0).all()
+
+
+@each
+@pytest.mark.parametrize("lengths", [None, [5, 0, 7]], ids=["full", "ragged"])
+def test_artbp(name, lengths):
+    """What is sent is multiplied by the factor of the way back."""
+    args, lengths = arguments(name), None if lengths is None else torch.tensor(lengths)
+    seed = torch.tensor([3, 4], dtype=torch.int32)
+    xi = factors(seed, 0.4, T, B, lengths, False, torch.float64)
+    assert {0.0, 1.0} < {float(f) for f in xi.unique()}
+    for save in ("outputs", "segments"):
+        seen, _ = recorded(name, args, truncate=bp.ARTBP(0.4, seed), save=save, lengths=lengths)
+        torch.testing.assert_close(seen[0], wanted(name, args, lengths, xi=xi))
 
 
 def test_projected():
